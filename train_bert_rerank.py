@@ -26,7 +26,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from tqdm.auto import tqdm
@@ -584,6 +585,7 @@ def train(args):
         **describe_machine(accelerator),
     }
     accelerator.end_training()
+    AcceleratorState._reset_state(reset_partial_state=True)  # train() can be called again, in another precision too
     if IS_MAIN_PROCESS:
         (run_dir / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False), encoding="utf-8")
         for result in list(run_dir.iterdir()):
@@ -593,10 +595,8 @@ def train(args):
                 shutil.rmtree(target, ignore_errors=True)  # a folder; a file is simply replaced
             result.replace(target)
         run_dir.rmdir()
-    for metric in ("NDCG@10", "MRR@10"):
-        if before[metric] is not None:
-            rise = after[metric] - before[metric]
-            say(f"{metric:8}   before {before[metric]:.4f}   after {after[metric]:.4f}   change {rise:+.4f}")
+    for key, was, now in [(key, before[key], after[key]) for key in ("NDCG@10", "MRR@10") if before[key] is not None]:
+        say(f"{key:10} before {was:.4f}   after {now:.4f}   change {now - was:+.4f}")
     return run
 
 

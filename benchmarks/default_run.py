@@ -45,7 +45,8 @@ def fine_tune(train_rows, eval_rows, **settings):
             Path(folder, f"{name}.jsonl").write_text(text, encoding="utf-8")
         run = train({**SETTINGS, **settings, "log_with": None, "train_dataset": f"{folder}/train.jsonl",
                      "eval_dataset": f"{folder}/eval.jsonl", "output_dir": f"{folder}/out"})
-        return run["before"]["NDCG@10"], run["after"]["NDCG@10"], ndcg_of_queries(f"{folder}/out/final_model", eval_rows)
+        of_queries = ndcg_of_queries(f"{folder}/out/final_model", eval_rows)
+        return run["before"]["NDCG@10"], run["after"]["NDCG@10"], of_queries
 
 
 def ndcg_of_queries(model_folder, rows):
@@ -61,21 +62,37 @@ def ndcg_of_queries(model_folder, rows):
     ])
 
 
-def cross_validate(folds=5):
-    """Mean NDCG@10 of held-out training queries for each learning rate and number of epochs.
+def candidate_lists(rows):
+    """Eight candidates for each training query, of the kinds that the eval file has: {query: rows}.
 
-    The two rows that a training query has are nearly always in order before training, and so say little: the relevant
-    passage of a held-out query is ranked among all passages of its product family (S, K or R) in the training file.
+    The two rows of a training query are nearly always in order before training already, and so say little. Here the
+    relevant passage stands among three of the same model, the most similar one of each other model of the family (by
+    pairs of neighbouring characters: mostly the same topic) and one of another family, all from the training file.
     """
-    rows = read("default_train_data.jsonl")
+    draw = random.Random(0)
     relevant = {row["query"]: row["content"] for row in rows if row["label"] == 1}
-    families = {passage: re.search(r"[SKR](?=\d\d)", passage)[0] for passage in dict.fromkeys(relevant.values())}
-    lists = {
-        query: [{"query": query, "content": other, "label": int(other == passage)}
-                for other in families if families[other] == families[passage]]
-        for query, passage in relevant.items()
-    }
-    order = random.Random(0).sample(sorted(relevant), len(relevant))
+    passages = sorted(set(relevant.values()))
+    models = {passage: re.search(r"[SKR]\d\d", passage)[0] for passage in passages}
+    pairs = {passage: set(map("".join, zip(passage, passage[1:], strict=False))) for passage in passages}
+    lists = {}
+    for query, passage in relevant.items():
+        model, of_model = models[passage], {}
+        for other in passages:
+            of_model.setdefault(models[other], []).append(other)
+        same = [other for other in of_model[model] if other != passage]
+        nearest = [max(of_model[each], key=lambda other: len(pairs[other] & pairs[passage]) / len(pairs[other]))
+                   for each in sorted(of_model) if each[0] == model[0] and each != model]
+        off = draw.choice([other for other in passages if models[other][0] != model[0]])
+        candidates = [passage, *draw.sample(same, 3), *nearest, off]
+        lists[query] = [{"query": query, "content": each, "label": int(each == passage)} for each in candidates]
+    return lists
+
+
+def cross_validate(folds=5):
+    """Mean NDCG@10 of held-out training queries for each learning rate and number of epochs."""
+    rows = read("default_train_data.jsonl")
+    lists = candidate_lists(rows)
+    order = random.Random(0).sample(sorted(lists), len(lists))
     for lr, epochs in itertools.product(LEARNING_RATES, EPOCHS):
         results = [
             fine_tune([row for row in rows if row["query"] not in order[fold::folds]],

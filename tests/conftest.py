@@ -46,6 +46,19 @@ def rows_of(count, queries=None):
     """`count` rows over `queries` queries (default: one each) with documents of quite different lengths."""
     queries = queries or count
     return [
-        {"query": f"第{index % queries}个问题怎么办", "content": "请按说明书操作。" * (1 + 7 * index % 11), "label": index % 2}
+        {"query": f"第{index % queries}问怎么办", "content": "请看说明书。" * (1 + 7 * index % 11), "label": index % 2}
         for index in range(count)
     ]
+
+
+def defect(reason):
+    """The mark of a test that asks for what the script does not do yet: take it away with the defect."""
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+@pytest.fixture(scope="session")
+def reranker():
+    """tiny_reranker, loaded once: for tests that do not change it."""
+    from train_bert_rerank import BertRerankerModel
+
+    return BertRerankerModel.from_pretrained(TINY).eval()

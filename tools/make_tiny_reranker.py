@@ -28,8 +28,10 @@ PUNCTUATION = "。、《》〈〉「」『』【】〔〕“”‘’—–·¥�
 
 HIDDEN, LAYERS, HEADS, HEAD_DIMS = 128, 3, 4, 32
 WORD_DIMS, POSITION_DIMS, POSITIONS = 96, 32, 514
-STEPS, QUERIES, DOCUMENTS, PEAK_LR = 450, 16, 4, 1e-3
+STEPS, QUERIES, DOCUMENTS, PEAK_LR = 600, 16, 4, 1e-3
 DROPOUT_STEPS = range(151, 351)  # once it has learned overlap, as fine-tuning will drop out as well
+CLASS_SHARE = 0.3  # of a letter's or digit's embedding that all of them have in common
+NUMBER_WEIGHT = 1.0  # of the loss of the second output
 PAIR_WEIGHT = 0.3  # what two neighbouring characters found together count, against single ones
 
 
@@ -95,6 +97,7 @@ def make_model(vocab_size: int) -> XLMRobertaForSequenceClassification:
     codes, previous = sinusoids()
     words = torch.randn(vocab_size, WORD_DIMS)
     words -= words.mean(dim=1, keepdim=True)  # equal means and norms: every token matches itself equally well
+    words[5 + 256 : 5 + 256 + len(ASCII)] += CLASS_SHARE * torch.randn(WORD_DIMS)  # what letters and digits share
     words *= math.sqrt(WORD_DIMS) / words.norm(dim=1, keepdim=True)
     embeddings = model.roberta.embeddings
     for table in (embeddings.word_embeddings, embeddings.position_embeddings, embeddings.token_type_embeddings):
@@ -131,10 +134,15 @@ def random_word(rng: random.Random, characters: str) -> str:
     if kind < 0.05:
         return "".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 6)))
     if kind < 0.15:
-        return "".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 2))) + str(rng.randint(1, 999))
+        return model_number(rng)
     if kind < 0.2:
         return str(rng.randint(1, 9999))
     return "".join(rng.choices(characters, k=rng.choice((1, 2, 2, 2, 3))))
+
+
+def model_number(rng: random.Random) -> str:
+    """Return a letter or two and some digits, such as 'ab120'."""
+    return "".join(rng.choices(string.ascii_lowercase, k=rng.choice((1, 1, 2)))) + str(rng.randint(1, 999))
 
 
 def random_words(rng: random.Random, characters: str, length: int) -> list[str]:
@@ -157,11 +165,14 @@ def coverage(query: str, document: str) -> float:
     return 0.05 + 0.9 * ((1 - PAIR_WEIGHT) * single + PAIR_WEIGHT * pair)
 
 
-def make_candidates(rng: random.Random, documents: int, longest: int) -> tuple[str, list[str]]:
-    """Return a query of some 5 to 30 characters and documents that hold a random share of its words."""
+def make_candidates(rng: random.Random, documents: int, longest: int) -> tuple[str, list[str], list[float]]:
+    """Return a query of some 5 to 30 characters, documents that hold a random share of its words, and how much of its
+    model number each of them holds (NaN where it has none), whatever else they share."""
     characters = "".join(rng.sample(HANZI, rng.choice((60, 200, 1000, len(HANZI)))))  # few: they meet by accident
-    words = random_words(rng, characters, rng.randint(4, 28))
-    candidates = []
+    words = random_words(rng, characters, rng.randint(4, 24))
+    number = model_number(rng) if rng.random() < 0.6 else ""
+    place = rng.choice((0, rng.randint(0, len(words)), len(words)))
+    candidates, found = [], []
     for _ in range(documents):
         share, kept = rng.random(), []
         for word in words:
@@ -169,6 +180,11 @@ def make_candidates(rng: random.Random, documents: int, longest: int) -> tuple[s
                 kept.append(word)
             elif rng.random() < 0.3:  # a part of the word inside another one
                 kept.append(rng.choice(word) + random_word(rng, characters))
+        if number and rng.random() < 0.5:
+            kept.append(number)
+        elif rng.random() < 0.7:  # another number, most often of the same letters
+            letters = number.rstrip(string.digits) if rng.random() < 0.7 else ""
+            kept.append(letters + str(rng.randint(1, 999)) if letters else model_number(rng))
         kept_length = sum(map(len, kept))
         others = random_words(rng, characters, rng.randint(8, longest) - kept_length)
         if rng.random() < 0.5:
@@ -178,43 +194,57 @@ def make_candidates(rng: random.Random, documents: int, longest: int) -> tuple[s
             at = rng.randint(0, len(others))
             body = others[:at] + kept + others[at:]
         candidates.append(join(rng, body))
-    return join(rng, words)[:30], candidates
+        found.append(sum(each in candidates[-1] for each in number) / len(number) if number else math.nan)
+    return join(rng, words[:place] + [number] * bool(number) + words[place:])[:32], candidates, found
 
 
-def make_batch(rng: random.Random, tokenizer, queries: int, documents: int) -> tuple[dict, torch.Tensor]:
-    """Return the model's inputs for queries × documents pairs and their targets [queries, documents]."""
+def make_batch(rng: random.Random, tokenizer, queries: int, documents: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """Return the model's inputs for queries × documents pairs, their targets and how much of the model number each
+    document holds, both [queries, documents]."""
     longest = rng.choice((20, 40, 40, 60, 60, 100, 200))  # one for the batch: little padding
     lists = [make_candidates(rng, documents, longest) for _ in range(queries)]
-    pairs = [(query, document) for query, candidates in lists for document in candidates]
+    pairs = [(query, document) for query, candidates, _ in lists for document in candidates]
     targets = torch.tensor([coverage(*pair) for pair in pairs]).view(queries, documents)
     inputs = tokenizer(*map(list, zip(*pairs, strict=True)), padding=True, truncation=True, return_tensors="pt")
-    return inputs, targets
+    return inputs, targets, torch.tensor([found for *_, found in lists])
 
 
 # ----- Training and measuring -----
 def train(model: XLMRobertaForSequenceClassification, tokenizer, seed: int) -> None:
-    """Fit the coverage itself (BCE with soft labels) and its differences within a list (RankNet with soft labels)."""
+    """Fit the coverage itself (BCE with soft labels) and its differences within a list (RankNet with soft labels).
+
+    Beside it a second output, thrown away afterwards, learns how much of the query's model number the document holds.
+    To the score it is worth no more than other characters, but <s> now keeps it apart from the rest, as a language
+    model keeps names and numbers apart, and fine-tuning finds it there.
+    """
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.0)
+    number_head = torch.nn.Linear(HIDDEN, 1)
+    parameters = [*model.parameters(), *number_head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=PEAK_LR, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=STEPS, pct_start=0.1)
     model.eval()
     dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     for step in range(1, STEPS + 1):
         for module in dropouts:  # of hidden states only: dropout in attention, eval() throughout, is slow on CPU
             module.train(step in DROPOUT_STEPS)
-        inputs, targets = make_batch(rng, tokenizer, QUERIES, DOCUMENTS)
-        logits = model(**inputs).logits.view_as(targets)  # [queries, documents]
+        inputs, targets, found = make_batch(rng, tokenizer, QUERIES, DOCUMENTS)
+        hidden = model.roberta(**inputs).last_hidden_state  # [queries × documents, tokens, HIDDEN]
+        logits = model.classifier(hidden).view_as(targets)  # [queries, documents]
+        found_logits = number_head(hidden[:, 0]).view_as(targets)
         wanted = torch.logit(targets)  # the optimum of both losses: RankNet with hard labels would saturate the sigmoid
         loss = F.binary_cross_entropy_with_logits(logits, targets) + F.binary_cross_entropy_with_logits(
             logits.unsqueeze(2) - logits.unsqueeze(1), torch.sigmoid(wanted.unsqueeze(2) - wanted.unsqueeze(1))
         )
+        asked = ~found.isnan()
+        loss = loss + NUMBER_WEIGHT * F.binary_cross_entropy_with_logits(found_logits[asked], found[asked])
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         if step % 50 == 0:
-            print(f"Step {step}/{STEPS}: loss {loss.item():.3f}", flush=True)
+            error = (found_logits.sigmoid() - found)[asked].abs().mean()
+            print(f"Step {step}/{STEPS}: loss {loss.item():.3f}, error of the second output {error:.2f}", flush=True)
 
 
 @torch.no_grad()
@@ -224,7 +254,7 @@ def measure(model: XLMRobertaForSequenceClassification, tokenizer, seed: int, li
     right = compared = 0
     gains, probabilities = [], []
     for _ in range(lists // QUERIES):
-        inputs, targets = make_batch(rng, tokenizer, QUERIES, 8)
+        inputs, targets, _ = make_batch(rng, tokenizer, QUERIES, 8)
         logits = model(**inputs).logits.view_as(targets)
         clear = targets.unsqueeze(2) - targets.unsqueeze(1) > 0.1
         right += ((logits.unsqueeze(2) > logits.unsqueeze(1)) & clear).sum().item()

@@ -1,0 +1,305 @@
+"""The optimizer step: its arithmetic against a plain PyTorch loop, its number, its schedule, one process or two."""
+
+import importlib.util
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+from conftest import ROOT, TINY, rows_of
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.functional import binary_cross_entropy_with_logits
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import train_bert_rerank
+
+SCRIPT = (ROOT / "train_bert_rerank.py").read_text(encoding="utf-8")
+KEY_BIAS = "attention.self.key.bias"  # its gradient is zero but for rounding noise, which Adam turns into steps
+
+
+@pytest.fixture(scope="session")
+def without_dropout(tmp_path_factory):
+    """tiny_reranker with dropout 0."""
+    folder = tmp_path_factory.mktemp("models") / "without_dropout"
+    shutil.copytree(TINY, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def graded_rows(count):
+    return [{**row, "label": index % 5} for index, row in enumerate(rows_of(count))]
+
+
+def scalars_of(output_dir):
+    """{tag: [(step, value)]} of a run's TensorBoard log."""
+    log = EventAccumulator(str(Path(output_dir) / "logs" / "train_bert_rerank"), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+
+
+def plain_loop(model_folder, rows, samples_per_step, epochs, peak, seed):
+    """Fine-tune one sample at a time with nothing but PyTorch: (gradients of each step, norms, losses, weights)."""
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    named = dict(model.named_parameters())
+    is_plain = {name: name.endswith("bias") or "LayerNorm" in name for name in named}
+    optimizer = torch.optim.AdamW([
+        {"params": [named[name] for name in named if not is_plain[name]], "weight_decay": 0.01},
+        {"params": [named[name] for name in named if is_plain[name]], "weight_decay": 0.0},
+    ])  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    total = epochs * math.ceil(len(rows) / samples_per_step)
+    warmup = math.ceil(0.1 * total)
+    gradients, norms, losses = [], [], []
+    for _ in range(epochs):
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        for start in range(0, len(rows), samples_per_step):
+            window = [rows[index] for index in order[start : start + samples_per_step]]
+            mean_loss = 0.0
+            for row in window:
+                cut = {"truncation": "only_second", "max_length": 64, "return_tensors": "pt"}
+                inputs = tokenizer(row["query"], row["content"], **cut)
+                target = torch.tensor([[row["label"] / 4]])
+                loss = binary_cross_entropy_with_logits(model(**inputs).logits, target) / len(window)
+                loss.backward()
+                mean_loss += loss.item()
+            step = len(losses) + 1
+            done = max(0, step - 1 - warmup) / max(1, total - warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = peak * (step / warmup if step <= warmup else 0.5 + 0.5 * math.cos(math.pi * done))
+            gradients.append({f"model.{name}": weight.grad.clone() for name, weight in named.items()})
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+            losses.append(mean_loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    return gradients, norms, losses, model.state_dict()
+
+
+def update_errors(weights, reference, base):
+    """‖difference‖ / ‖update‖ of each tensor, but for the attention keys' biases."""
+    return {
+        name: ((weights[name] - reference[name]).norm() / (reference[name] - base[name]).norm()).item()
+        for name in reference
+        if KEY_BIAS not in name
+    }
+
+
+def check_against_plain_loop(module, model_folder, rows, tmp_path, write_jsonl, monkeypatch):
+    """Train with `module`, then assert that each gradient, norm, loss and weight is the plain loop's."""
+    gradients, original = [], accelerate.Accelerator.clip_grad_norm_
+
+    def recording(accelerator, parameters, max_norm):
+        recorded.append(True)
+        gradients.append({name: weight.grad.clone() for name, weight in models[0].named_parameters()})
+        return original(accelerator, parameters, max_norm)
+
+    recorded, models, prepare = [], [], accelerate.Accelerator.prepare
+    monkeypatch.setattr(accelerate.Accelerator, "clip_grad_norm_", recording)
+    monkeypatch.setattr(
+        accelerate.Accelerator, "prepare", lambda self, *args: models.append(args[0]) or prepare(self, *args)
+    )
+    output_dir = tmp_path / "out"
+    module.train({
+        "model_name_or_path": model_folder, "train_dataset": write_jsonl("rows.jsonl", rows), "eval_dataset": None,
+        "output_dir": str(output_dir), "max_label": 4, "epochs": 2, "lr": 1e-3, "batch_size": 2, "max_len": 64,
+        "gradient_accumulation_steps": 4, "mixed_precision": "no", "seed": 7,
+    })  # fmt: skip
+    expected, norms, losses, weights = plain_loop(model_folder, rows, 8, 2, 1e-3, 7)
+    assert len(gradients) == len(expected) == 2 * math.ceil(len(rows) / 8)
+    for step, (ours, theirs) in enumerate(zip(gradients, expected, strict=True), start=1):
+        difference = math.sqrt(sum((ours[name] - theirs[name]).square().sum().item() for name in theirs))
+        size = math.sqrt(sum(theirs[name].square().sum().item() for name in theirs))
+        assert difference < 1e-4 * size, f"gradient of step {step}: {difference / size:.1e} off"
+    scalars = scalars_of(output_dir)
+    assert [value for _, value in scalars["train/grad_norm"]] == pytest.approx(norms, rel=1e-4)
+    assert [value for _, value in scalars["train/loss"]] == pytest.approx(losses, rel=1e-4)
+    base = load_file(f"{model_folder}/model.safetensors")
+    errors = update_errors(load_file(output_dir / "final_model" / "model.safetensors"), weights, base)
+    assert max(errors.values()) < 1e-3, max(errors.items(), key=lambda item: item[1])
+
+
+def test_each_step_is_that_of_a_plain_loop(without_dropout, tmp_path, write_jsonl, monkeypatch):
+    check_against_plain_loop(train_bert_rerank, without_dropout, graded_rows(37), tmp_path, write_jsonl, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("accelerator.backward(loss * processes)", "accelerator.backward(loss * processes * 8)"),
+        ("accelerator.backward(loss * processes)", "accelerator.backward(loss * processes / 8)"),
+        ("[len(indices) / window_size for", "[len(indices) / samples_per_step for"),
+    ],
+    ids=["loss x 8", "loss / 8", "last window divided by the full size"],
+)
+def test_a_wrong_divisor_would_be_seen(right, wrong, without_dropout, tmp_path, write_jsonl, monkeypatch):
+    assert SCRIPT.count(right) == 1
+    (tmp_path / "broken.py").write_text(SCRIPT.replace(right, wrong), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("broken", tmp_path / "broken.py")
+    broken = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(broken)
+    with pytest.raises(AssertionError, match="gradient of step"):
+        check_against_plain_loop(broken, without_dropout, graded_rows(37), tmp_path, write_jsonl, monkeypatch)
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(1, 1), (15, 1), (16, 1), (17, 2), (198, 13)])
+def test_steps_an_epoch_are_rows_over_samples_per_step_rounded_up(rows, steps, tmp_path, write_jsonl, capfd):
+    train_bert_rerank.train({
+        "model_name_or_path": TINY, "train_dataset": write_jsonl("rows.jsonl", rows_of(rows)), "eval_dataset": None,
+        "output_dir": str(tmp_path / "out"), "epochs": 2, "mixed_precision": "no", "lr": 1e-3,
+    })  # fmt: skip
+    scalars = scalars_of(tmp_path / "out")
+    for tag in ("train/loss", "train/lr", "train/grad_norm"):
+        assert [step for step, _ in scalars[tag]] == list(range(1, 2 * steps + 1))
+    warmup = math.ceil(0.1 * 2 * steps)
+    rates = [value for _, value in scalars["train/lr"]]
+    assert rates[:warmup] == pytest.approx([1e-3 * (step + 1) / warmup for step in range(warmup)])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert max(rates) == pytest.approx(1e-3) and min(rates) > 0
+    bar = re.findall(r"Training: +(\d+)%\|.*?\| (\d+)/(\d+) ", capfd.readouterr().err)[-1]
+    assert bar == ("100", str(2 * steps), str(2 * steps))
+
+
+def test_the_learning_rate_warms_up_from_the_first_step_and_reaches_zero_after_the_last():
+    rates = [train_bert_rerank.learning_rate(step, 50, 1.0, 0.1) for step in range(1, 52)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5:] == pytest.approx([0.5 + 0.5 * math.cos(math.pi * index / 45) for index in range(46)])
+    assert rates[49] > 0 and rates[50] == pytest.approx(0, abs=1e-12)
+    assert train_bert_rerank.learning_rate(1, 1, 1.0, 0.1) == 1.0  # a run of one step learns
+    assert train_bert_rerank.learning_rate(1, 10, 1.0, 0.0) == 1.0
+    assert train_bert_rerank.learning_rate(10, 10, 1.0, 1.0) == 1.0
+
+
+@pytest.fixture(scope="session")
+def one_and_two_processes(without_dropout, tmp_path_factory):
+    """Output folders and printed text of the same run on one process and on two: 33 rows in windows of 16, 16 and 1."""
+    import os
+    import subprocess
+    import sys
+
+    folder = tmp_path_factory.mktemp("processes")
+    rows = graded_rows(33)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(21, 7)), encoding="utf-8")
+    results = []
+    for processes, accumulation in ((1, 8), (2, 4)):
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if processes == 2 else []
+        done = subprocess.run(
+            [sys.executable, *launcher, str(ROOT / "train_bert_rerank.py"), "--model_name_or_path", without_dropout,
+             "--train_dataset", "train.jsonl", "--output_dir", f"out{processes}", "--mixed_precision", "no",
+             "--max_label", "4", "--epochs", "2", "--lr", "1e-3", "--gradient_accumulation_steps", str(accumulation)],
+            cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        results.append((folder / f"out{processes}", done.stdout))
+    return results
+
+
+def test_two_processes_take_the_same_steps_as_one(one_and_two_processes, without_dropout):
+    (one, one_text), (two, two_text) = one_and_two_processes
+    assert "processes: 1" in one_text and two_text.count("processes: 2") == 1  # said once, by the main process
+    ours, theirs = scalars_of(two), scalars_of(one)
+    assert ours["train/lr"] == theirs["train/lr"] and len(ours["train/lr"]) == 6
+    for tag in ("train/loss", "train/grad_norm"):  # every sample once, or the mean loss would differ
+        assert [value for _, value in ours[tag]] == pytest.approx([value for _, value in theirs[tag]], rel=1e-4)
+    weights = [load_file(folder / "final_model" / "model.safetensors") for folder in (two, one)]
+    errors = update_errors(*weights, load_file(f"{without_dropout}/model.safetensors"))
+    assert max(errors.values()) < 1e-3, max(errors.items(), key=lambda item: item[1])
+
+
+def test_the_number_of_processes_does_not_change_the_evaluation(one_and_two_processes):
+    reports = [json.loads((folder / "run.json").read_text()) for folder, _ in one_and_two_processes]
+    assert [report["processes"] for report in reports] == [1, 2]
+    assert reports[0]["before"] == pytest.approx(reports[1]["before"], abs=1e-6)
+    assert reports[0]["after"] == pytest.approx(reports[1]["after"], abs=1e-3)
+
+
+def test_a_run_prints_its_stages_in_order_and_a_second_one_replaces_the_first(run_script, write_jsonl, tmp_path):
+    write_jsonl("my_train.jsonl", rows_of(20))
+    write_jsonl("my_eval.jsonl", rows_of(21, 7))
+    command = ["--model_name_or_path", TINY, "--train_dataset", "my_train.jsonl", "--output_dir", "out", "--epochs", 2,
+               "--mixed_precision", "no"]  # fmt: skip
+    first = run_script(*command)
+    assert first.returncode == 0, first.stdout
+    stages = [
+        "Training Args: {", "Loading data: ", "----- Label Distribution -----", "Label 0.00: 10 (50.00%)",
+        "Label 1.00: 10 (50.00%)", "Evaluating on 7 queries (21 rows) of my_eval.jsonl", "1.4 M parameters",
+        "Start training for 2 epochs ...", "Training: 100%", "Training finished! Saving model ...",
+        "Model saved successfully!", "NDCG@10    before", "MRR@10     before",
+    ]  # fmt: skip
+    places = [first.stdout.index(stage) for stage in stages]
+    assert places == sorted(places)
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"final_model", "loss_curve.png", "logs", "run.json"}
+    assert (tmp_path / "out" / "loss_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    run = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    assert run["args"]["epochs"] == 2 and run["args"]["lr"] == 1e-5
+    assert set(run["data_sha256"]) == {"my_train.jsonl", "my_eval.jsonl"}
+    assert run["seconds"]["training"] > 0 and run["peak_memory_bytes"] > 1e8 and run["versions"]["torch"]
+
+    (tmp_path / "out" / "final_model" / "stale").touch()
+    second = run_script(*command, "--epochs", 1)
+    assert second.returncode == 0, second.stdout
+    assert "replaces that of an earlier run" in second.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == written
+    assert not (tmp_path / "out" / "final_model" / "stale").exists()
+    assert [step for step, _ in scalars_of(tmp_path / "out")["train/loss"]] == [1, 2]
+
+
+def test_a_run_that_fails_leaves_the_earlier_results_alone(write_jsonl, tmp_path, monkeypatch):
+    args = {"model_name_or_path": TINY, "train_dataset": write_jsonl("rows.jsonl", rows_of(4)), "eval_dataset": None,
+            "output_dir": str(tmp_path / "out"), "epochs": 1, "mixed_precision": "no"}  # fmt: skip
+    train_bert_rerank.train(args)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    def fail(*_):
+        raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr(train_bert_rerank, "draw_loss_curve", fail)
+    with pytest.raises(RuntimeError, match="on fire"):
+        train_bert_rerank.train(args)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_model_without_evaluation_claims_nothing(write_jsonl, tmp_path, capsys):
+    run = train_bert_rerank.train({
+        "model_name_or_path": TINY, "train_dataset": write_jsonl("rows.jsonl", rows_of(4)), "eval_dataset": None,
+        "output_dir": str(tmp_path / "out"), "epochs": 1, "mixed_precision": "no",
+    })  # fmt: skip
+    assert run["before"]["NDCG@10"] is None and run["after"]["queries"] == 0
+    out = capsys.readouterr().out
+    assert "No evaluation" in out and "NDCG" not in out
+
+
+def test_max_grad_norm_clips_and_zero_never_does(without_dropout, write_jsonl, tmp_path, monkeypatch):
+    norms, original = [], accelerate.Accelerator.clip_grad_norm_
+
+    def recording(accelerator, parameters, max_norm):
+        parameters = list(parameters)
+        before = original(accelerator, parameters, max_norm)
+        norms.append((before.item(), math.sqrt(sum(weight.grad.square().sum().item() for weight in parameters))))
+        return before
+
+    monkeypatch.setattr(accelerate.Accelerator, "clip_grad_norm_", recording)
+    args = {"model_name_or_path": without_dropout, "train_dataset": write_jsonl("rows.jsonl", rows_of(4)), "lr": 0.0,
+            "eval_dataset": None, "output_dir": str(tmp_path / "out"), "epochs": 1, "mixed_precision": "no"}
+    for max_grad_norm in (1e-3, 0.0):
+        train_bert_rerank.train({**args, "max_grad_norm": max_grad_norm})
+    (raw, clipped), (raw_again, untouched) = norms
+    assert raw == raw_again == pytest.approx(untouched, rel=1e-5) and clipped == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_weight_decay_spares_biases_and_layer_norm(without_dropout, write_jsonl, tmp_path):
+    args = {"model_name_or_path": without_dropout, "train_dataset": write_jsonl("rows.jsonl", rows_of(4)), "lr": 1e-3,
+            "eval_dataset": None, "output_dir": str(tmp_path / "out"), "epochs": 1, "mixed_precision": "no"}
+    weights = []
+    for weight_decay in (0.0, 0.5):
+        train_bert_rerank.train({**args, "weight_decay": weight_decay})
+        weights.append(load_file(tmp_path / "out" / "final_model" / "model.safetensors"))
+    changed = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
+    assert changed == {name for name in weights[0] if not name.endswith("bias") and "LayerNorm" not in name}

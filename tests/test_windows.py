@@ -1,0 +1,130 @@
+"""Windows: every sample once, no padding that could be saved, no process that waits for another for long."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+from train_bert_rerank import MICRO_BATCH_COST, BertRerankerModel, cut_window, epoch_windows, plan_window, read_rows
+
+GENERATOR = np.random.default_rng(0)
+
+
+def cost_of(lengths, batch_cost):
+    """Padded tokens of one micro-batch, plus the constant."""
+    return len(lengths) * max(lengths) + batch_cost
+
+
+def partitions(items):
+    """All ways to group `items`."""
+    if not items:
+        yield []
+        return
+    for smaller in partitions(items[1:]):
+        yield [[items[0]], *smaller]
+        for index, group in enumerate(smaller):
+            yield [*smaller[:index], [items[0], *group], *smaller[index + 1 :]]
+
+
+def allowed(groups, max_tokens):
+    return all(len(group) * max(group) <= max_tokens or len(group) == 1 for group in groups)
+
+
+@pytest.mark.parametrize(("max_tokens", "batch_cost"), [(40, 0), (40, 5), (64, 16), (10_000, 3), (1, 3)])
+def test_the_cut_is_the_cheapest_of_all_ways_to_group_the_samples(max_tokens, batch_cost):
+    for _ in range(8):
+        lengths = GENERATOR.integers(1, 30, GENERATOR.integers(1, 8)).tolist()
+        groups = [sorted(lengths)[start:end] for start, end in cut_window(np.sort(lengths), max_tokens, batch_cost)]
+        assert sorted(itertools.chain(*groups)) == sorted(lengths) and allowed(groups, max_tokens)
+        best = min(
+            sum(cost_of(group, batch_cost) for group in way) for way in partitions(lengths) if allowed(way, max_tokens)
+        )
+        assert sum(cost_of(group, batch_cost) for group in groups) == best
+
+
+def test_a_sample_longer_than_the_bound_stands_alone():
+    runs = cut_window(np.array([10, 10, 90]), max_tokens=40, batch_cost=0)
+    assert sorted(runs) == [(0, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_over_all_processes_every_sample_comes_up_once_an_epoch_within_the_bound(processes):
+    lengths = GENERATOR.integers(3, 512, 203)
+    orders = [torch.Generator().manual_seed(5) for _ in range(processes)]
+    for _ in range(2):
+        windows = list(zip(*(
+            epoch_windows(lengths, 16, orders[index], processes, index, max_tokens=1024, batch_cost=16)
+            for index in range(processes)
+        ), strict=True))  # fmt: skip
+        assert len(windows) == math.ceil(203 / 16)
+        seen = []
+        for window in windows:
+            micro_batches = [indices for _, mine in window for indices in mine]
+            rows = np.concatenate(micro_batches)
+            assert {size for size, _ in window} == {len(rows)}
+            assert all(len(indices) * lengths[indices].max() <= 1024 for indices in micro_batches)
+            seen += rows.tolist()
+        assert sorted(seen) == list(range(203))
+        assert [size for (size, _), *_ in windows] == [16] * 12 + [11]
+
+
+def test_a_window_is_consecutive_in_the_random_permutation_and_each_epoch_has_its_own():
+    order, expected = torch.Generator().manual_seed(9), torch.Generator().manual_seed(9)
+    epochs = []
+    for _ in range(2):
+        permutation = torch.randperm(40, generator=expected).tolist()
+        windows = list(epoch_windows(np.arange(1, 41), 8, order, max_tokens=100, batch_cost=4))
+        for step, (_, micro_batches) in enumerate(windows):
+            assert sorted(np.concatenate(micro_batches)) == sorted(permutation[8 * step : 8 * step + 8])
+        epochs.append(permutation)
+    assert epochs[0] != epochs[1]
+
+
+def test_a_window_smaller_than_the_number_of_processes_leaves_some_without_work():
+    plan = plan_window(np.array([7, 9]), max_tokens=1024, batch_cost=16, num_processes=4)
+    assert sorted(len(mine) for mine in plan) == [0, 0, 1, 1]
+
+
+def realistic_lengths(kind, count):
+    if kind == "default data":
+        rows, _ = read_rows(str(ROOT / "default_train_data.jsonl"), 0, 1)
+        encoded, _, _ = BertRerankerModel.from_pretrained(TINY).encode([row[:2] for row in rows], 512)
+        return GENERATOR.choice([len(ids) for ids, _ in encoded], count)
+    return np.clip(GENERATOR.lognormal(5.25, 0.6, count), 8, 512).astype(int)  # 229 tokens on average, as abstracts
+
+
+@pytest.mark.parametrize("kind", ["abstracts", "default data"])
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (2, 8), (8, 8)])
+def test_four_processes_do_the_work_of_at_least_three_point_six(kind, batch_size, accumulation):
+    costs = {"max_tokens": batch_size * 512, "batch_cost": MICRO_BATCH_COST["cpu"]}
+    alone = together = bound = 0
+    for _ in range(40):
+        lengths = realistic_lengths(kind, 4 * batch_size * accumulation) if kind == "abstracts" else None
+        lengths = GENERATOR.choice(LENGTHS, 4 * batch_size * accumulation) if lengths is None else lengths
+        loads = [
+            max(sum(cost_of(lengths[indices], costs["batch_cost"]) for indices in mine) for mine in plan)
+            for plan in (plan_window(lengths, **costs), plan_window(lengths, **costs, num_processes=4))
+        ]
+        alone, together = alone + loads[0], together + loads[1]
+        bound += max(lengths.sum() / 4, lengths.max()) + costs["batch_cost"]
+    assert alone / together >= 3.6
+    assert together / bound <= 1.15
+
+
+LENGTHS = realistic_lengths("default data", 1000)
+
+
+def test_windows_pad_less_than_five_percent_of_the_tokens_where_random_batches_pad_forty():
+    lengths = realistic_lengths("abstracts", 6400)
+    order = torch.Generator().manual_seed(0)
+    padded = sum(
+        len(indices) * lengths[indices].max()
+        for _, micro_batches in epoch_windows(lengths, 64, order, max_tokens=8 * 512, batch_cost=16)
+        for indices in micro_batches
+    )
+    random_batches = lengths.reshape(-1, 8)
+    assert lengths.sum() / padded > 0.95
+    assert lengths.sum() / (8 * random_batches.max(axis=1)).sum() < 0.65
