@@ -528,7 +528,7 @@ def describe_machine(accelerator):
     packages = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
     return {
         "processes": accelerator.num_processes, "precision": accelerator.mixed_precision, "peak_memory_bytes": peak,
-                "hardware": f"{platform.platform()}, {torch.cuda.get_device_name() if is_cuda else accelerator.device}",
+        "hardware": f"{platform.platform()}, {torch.cuda.get_device_name() if is_cuda else accelerator.device}",
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "git_revision": shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip(),

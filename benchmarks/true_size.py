@@ -6,7 +6,6 @@
 memory. The tokenizer is tiny_reranker's. Prints seconds and peak memory from the run's own run.json.
 """
 
-import itertools
 import json
 import subprocess
 import sys
@@ -30,9 +29,9 @@ def main():
         XLMRobertaForSequenceClassification(config).save_pretrained(f"{folder}/model")
         AutoTokenizer.from_pretrained(ROOT / "tiny_reranker").save_pretrained(f"{folder}/model")
         rows = [json.loads(line) for line in (ROOT / "default_train_data.jsonl").read_text("utf-8").splitlines()]
-        long_texts = ["".join(row["content"] for row in rows[n : n + 9]) for n in range(32)]
+        texts = ["".join(row["content"] for row in rows[start : start + 9]) for start in range(32)]
         with open(f"{folder}/rows.jsonl", "w", encoding="utf-8") as file:
-            for row, text in zip(itertools.islice(rows, 32), long_texts, strict=True):
+            for row, text in zip(rows[:32], texts, strict=True):
                 file.write(json.dumps({**row, "content": text}) + "\n")
         subprocess.run(
             [sys.executable, str(ROOT / "train_bert_rerank.py"), "--model_name_or_path", f"{folder}/model",
@@ -40,9 +39,9 @@ def main():
              "--epochs", "1", "--mixed_precision", "no"], check=True,
         )  # fmt: skip
         run = json.loads(Path(folder, "out", "run.json").read_text("utf-8"))
-        print(f"2 steps of 16 pairs of 512 tokens: {run['seconds']['training']:.0f} s of training after "
-              f"{run['seconds']['preparation']:.0f} s of preparation, peak memory {run['peak_memory_bytes'] / 2**30:.1f} "
-              f"GiB, {run['hardware']}")
+        training, preparation = run["seconds"]["training"], run["seconds"]["preparation"]
+        print(f"2 steps of 16 pairs of 512 tokens: {training:.0f} s after {preparation:.0f} s of preparation, "
+              f"peak memory {run['peak_memory_bytes'] / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":
