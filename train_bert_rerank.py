@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -108,8 +109,8 @@ class BertRerankerModel(torch.nn.Module):
                 if Path(name).is_dir() or not local_only or not isinstance(error, OSError):
                     raise UserError(f"cannot load {name}: {type(error).__name__}: {str(error)[:500]}") from error
             check_hub(name, revision)
-        if config.is_encoder_decoder or not tokenizer.is_fast:
-            raise UserError(f"{name} is no BERT-family encoder with a fast tokenizer, but {config.model_type}.")
+        if config.is_encoder_decoder or not tokenizer.is_fast or len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise UserError(f"{name} is no BERT-family encoder with a fast tokenizer's files, but {config.model_type}.")
         new_weights = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
         lost = [key for key in new_weights if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
         if lost:
@@ -271,7 +272,7 @@ def read_rows(path, min_label, max_label):
                     rows += parse_line(line, min_label, max_label) if line else []
                 except ValueError as error:
                     bad.append(f"\n  line {number}: {error}")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if bad:
         more = f"\n  … and {len(bad) - 10} more" * (len(bad) > 10)
@@ -279,17 +280,17 @@ def read_rows(path, min_label, max_label):
     if not rows:
         raise UserError(f'{path}: no rows; each line should read {{"query": "…", "content": "…", "label": 1}}')
     say("----- Label Distribution -----")
-    for label, count in sorted(Counter(round(label, 2) for *_, label in rows).most_common(20)):
+    for label, count in sorted(Counter(round(label, 2) + 0.0 for *_, label in rows).most_common(20)):
         say(f"Label {label:.2f}: {count} ({count / len(rows):.2%})")
     return rows, digest.hexdigest()
 
 
 def load_data(args):
     """Train rows, eval rows (none: no evaluation) and {path: SHA-256}; says where the eval rows come from."""
-    paths, eval_path = args["train_dataset"], args["eval_dataset"]
-    paths = [paths] if isinstance(paths, str) else paths
-    sibling = Path(paths[0]).with_name(Path(paths[0]).name.replace("train", "eval"))
-    if eval_path == "auto" and len(paths) == 1 and sibling != Path(paths[0]) and sibling.is_file():
+    is_one, eval_path = isinstance(args["train_dataset"], str), args["eval_dataset"]
+    paths = [args["train_dataset"]] if is_one else args["train_dataset"]
+    sibling = Path(os.path.dirname(paths[0]), os.path.basename(paths[0]).replace("train", "eval"))
+    if eval_path == "auto" and is_one and sibling != Path(paths[0]) and sibling.is_file():
         eval_path = str(sibling)
     eval_paths = [] if eval_path in ("auto", None) else [eval_path]
     files = {path: read_rows(path, args["min_label"], args["max_label"]) for path in [*paths, *eval_paths]}
@@ -328,12 +329,11 @@ class RerankDataset:
         self.queries, self.encoded, cut, query_cut = [query for query, *_ in rows], [], 0, 0
         scale = args["max_label"] - args["min_label"]
         self.labels = torch.tensor([(label - args["min_label"]) / scale for *_, label in rows])
-        with tqdm(desc=f"Tokenizing {name} data", total=len(rows), disable=not (IS_MAIN_PROCESS and rows)) as bar:
-            for start in range(0, len(rows), 1000):
-                chunk = model.encode([row[:2] for row in rows[start : start + 1000]], args["max_len"])
-                self.encoded += chunk[0]
-                cut, query_cut = cut + chunk[1], query_cut + chunk[2]
-                bar.update(len(chunk[0]))
+        chunks, silent = range(0, len(rows), 1000), not (IS_MAIN_PROCESS and rows)
+        for start in tqdm(chunks, desc=f"Tokenizing {name} data", unit=" x 1000 rows", disable=silent):
+            chunk = model.encode([row[:2] for row in rows[start : start + 1000]], args["max_len"])
+            self.encoded += chunk[0]
+            cut, query_cut = cut + chunk[1], query_cut + chunk[2]
         self.lengths = np.array([len(ids) for ids, _ in self.encoded])
         if cut:
             say(f"Warning: max_len truncates {cut} {name} pairs ({cut / len(rows):.2%}), in {query_cut} the query too.")
@@ -580,7 +580,8 @@ def train(args):
     after = evaluate(accelerator, model, eval_data, args["batch_size"] * max_len)
     run = {
         "args": args, "before": before, "after": after, "data_sha256": data_sha256,
-        "base_sha256": base_sha256.hexdigest(), "base_revision": getattr(model.model.config, "_commit_hash", None),
+        "base_sha256": base_sha256.hexdigest(), "base_revision": None if Path(name).is_dir() else
+        Path(try_to_load_from_cache(name, "config.json", revision=args["revision"])).parent.name,
         "seconds": {"preparation": clock[1] - clock[0], "training": clock[2] - clock[1]},
         **describe_machine(accelerator),
     }
@@ -620,8 +621,10 @@ def fits(value, kind):
     low, _, high = bounds.partition("..")
     if name in ("int", "float"):
         is_number = type(value) is int or type(value) is float and name == "float"
-        return is_number and float(low or "-inf") <= value <= float(high or sys.float_info.max)
-    return value == name.strip('"') if name[0] == '"' else type(value).__name__.removesuffix("Type") == name
+        return is_number and float(low or -sys.float_info.max) <= value <= float(high or sys.float_info.max)
+    if name == "list":  # of paths
+        return type(value) is list and value != [] and all(type(path) is str for path in value)
+    return value == name.strip('"') if name.startswith('"') else type(value).__name__.removesuffix("Type") == name
 
 
 def check_settings(args):
@@ -639,7 +642,7 @@ def check_settings(args):
     for key in ("query_format", "document_format"):
         if args[key].count("{}") != 1:
             raise UserError(f"{key} should hold {{}} once, where the text goes, not {args[key]!r}", exit_status=2)
-    if args["log_with"] and not importlib.util.find_spec(args["log_with"]):
+    if args["log_with"] and not getattr(importlib.util.find_spec(args["log_with"]), "origin", None):
         raise UserError(f"log_with {args['log_with']} needs its package: pip install {args['log_with']}", exit_status=2)
     return args
 
@@ -652,7 +655,7 @@ def parse_command_line(argv):
         text = f"{meaning} ({' or '.join(kinds)}; default {default!r})".replace("%", "%%")
         parser.add_argument(f"--{key}", metavar="", default=argparse.SUPPRESS, help=text)
     given, unknown = parser.parse_known_args(argv)
-    overrides = {key.lstrip("-"): None for key in unknown[:1]}  # left for check_settings to name
+    overrides = {key.partition("=")[0][2:] if key.startswith("--") else repr(key): None for key in unknown[:1]}
     for key, text in vars(given).items():
         try:
             value = json.loads("null" if text == "None" else text)

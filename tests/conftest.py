@@ -51,11 +51,6 @@ def rows_of(count, queries=None):
     ]
 
 
-def defect(reason):
-    """The mark of a test that asks for what the script does not do yet: take it away with the defect."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 @pytest.fixture(scope="session")
 def reranker():
     """tiny_reranker, loaded once: for tests that do not change it."""

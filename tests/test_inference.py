@@ -1,0 +1,181 @@
+"""Inference: the snippet that users copy, and predict and rank against sentence-transformers' CrossEncoder."""
+
+import itertools
+import json
+import os
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, rows_of
+from sentence_transformers import CrossEncoder
+
+from train_bert_rerank import BertRerankerModel
+
+SPEC_SNIPPET = """
+from train_bert_rerank import BertRerankerModel
+model = BertRerankerModel.from_pretrained("tiny_reranker"); model.eval(); model.to(device)
+tokens = model.preprocess([(query, document), (query, "R42支持访客网络。")], max_len=512)
+out = model({k: v.to(device) for k, v in tokens.items()})
+probability = torch.sigmoid(out["logits"].squeeze(-1))
+"""
+QUERY, DOCUMENT = "S35充不进电", "请擦净S35底部的充电触点，再把它推回充电座。"
+
+
+def snippets():
+    """The Python blocks of the READMEs that load a model; without a README the contract's."""
+    blocks = {}
+    for path in sorted(ROOT.glob("README*.md")):
+        found = re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+        blocks[path.name] = [block for block in found if "BertRerankerModel.from_pretrained" in block]
+        assert blocks[path.name], f"{path.name} has no snippet for inference"
+    blocks = blocks or {"contract": [SPEC_SNIPPET]}
+    return [pytest.param(block, id=f"{name}-{number}") for name in blocks for number, block in enumerate(blocks[name])]
+
+
+@pytest.fixture(scope="module")
+def cross_encoder():
+    return CrossEncoder(TINY, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Pairs that fit, of many lengths, in no order of lengths: of the default data and of one to 400 tokens."""
+    with open(ROOT / "default_train_data.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in itertools.islice(file, 20)] + rows_of(12)
+    return [(row["query"], row["content"]) for row in rows] + [("问", "书" * count) for count in (400, 1, 77, 200, 3)]
+
+
+# ---- The snippet -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("snippet", snippets())
+def test_the_snippet_for_inference_runs_as_it_is(snippet, tmp_path, monkeypatch, cross_encoder):
+    monkeypatch.chdir(tmp_path)
+    for name in re.findall(r'from_pretrained\("([^"]+)"', snippet):
+        os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
+        os.symlink(TINY, name)
+    given = {"torch": torch, "device": "cpu", "query": QUERY, "document": DOCUMENT} if snippet is SPEC_SNIPPET else {}
+    names = dict(given)
+    exec(compile(snippet, "README.md", "exec"), names)
+    assert names["out"]["loss"] is None
+    count = len(names["tokens"]["input_ids"])
+    assert names["out"]["logits"].shape == (count, 1) and names["probability"].shape == (count,)
+    expected = cross_encoder.predict([(names["query"], names["document"])])[0]
+    assert names["probability"][0].item() == pytest.approx(expected, abs=1e-5)
+
+
+# ---- predict ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("batch_size", [1, 3, 32, 1000])
+def test_predict_gives_the_scores_of_the_cross_encoder_in_the_order_of_the_pairs(
+    reranker, cross_encoder, pairs, batch_size
+):
+    scores, expected = reranker.predict(pairs, batch_size=batch_size), cross_encoder.predict(pairs)
+    assert type(scores) is type(expected) is np.ndarray and scores.dtype == expected.dtype == np.float32
+    assert np.ptp(expected) > 0.1, "scores that all agree would show nothing"
+    np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending", "shuffled"])
+def test_predict_keeps_the_order_of_the_pairs_whatever_their_lengths(reranker, cross_encoder, pairs, order):
+    ordered = sorted(pairs, key=lambda pair: len(pair[1]), reverse=order == "descending")
+    if order == "shuffled":
+        random.Random(0).shuffle(ordered)
+    np.testing.assert_allclose(reranker.predict(ordered, 4), cross_encoder.predict(ordered), atol=1e-5, rtol=0)
+
+
+INPUTS = {
+    "list_of_tuples": [(QUERY, DOCUMENT), (QUERY, "退款")],
+    "list_of_lists": [[QUERY, DOCUMENT], [QUERY, "退款"]],
+    "tuple_of_tuples": ((QUERY, DOCUMENT), (QUERY, "退款")),
+    "one_pair_in_a_list": [(QUERY, DOCUMENT)],
+    "one_pair": (QUERY, DOCUMENT),
+    "one_pair_as_a_list": [QUERY, DOCUMENT],
+    "empty": [],
+}
+OPTIONS = {
+    "default": {},
+    "tensor": {"convert_to_tensor": True},
+    "list_of_tensors": {"convert_to_numpy": False},
+    "logits": {"activation_fn": torch.nn.Identity()},
+    "tensor_of_logits": {"activation_fn": torch.nn.Identity(), "convert_to_tensor": True},
+    "no_bar": {"show_progress_bar": False},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
+def test_predict_takes_and_returns_what_the_cross_encoder_does(reranker, cross_encoder, inputs, options):
+    scores, expected = reranker.predict(inputs, **options), cross_encoder.predict(inputs, **options)
+    assert type(scores) is type(expected) and np.shape(scores) == np.shape(expected)
+    if isinstance(expected, list):
+        assert [(type(one), one.shape, one.dtype) for one in scores] == [(type(x), x.shape, x.dtype) for x in expected]
+    elif len(inputs):
+        assert scores.dtype == expected.dtype
+    ours, theirs = ([float(score) for score in np.ravel(each)] for each in (scores, expected))
+    assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_predict_computes_no_gradients_and_leaves_the_weights_as_they_were(reranker):
+    before = {name: weight.clone() for name, weight in reranker.state_dict().items()}
+    assert not reranker.predict([(QUERY, DOCUMENT)], convert_to_tensor=True).requires_grad
+    assert all(torch.equal(weight, before[name]) for name, weight in reranker.state_dict().items())
+
+
+def test_predict_switches_dropout_off_by_itself():
+    model = BertRerankerModel.from_pretrained(TINY).train()
+    assert model.predict([(QUERY, DOCUMENT)]) == model.predict([(QUERY, DOCUMENT)])
+
+
+def test_a_document_that_does_not_fit_is_cut_at_its_end_as_the_cross_encoder_cuts_it(reranker, cross_encoder):
+    long = [(QUERY, DOCUMENT * 40), ("问", "书" * 3000)]
+    np.testing.assert_allclose(reranker.predict(long), cross_encoder.predict(long), atol=1e-5, rtol=0)
+
+
+def test_a_query_that_does_not_fit_is_cut_and_scored(reranker):
+    [score] = reranker.predict([("问" * 2000, DOCUMENT)])
+    assert 0 < score < 1
+
+
+def test_scores_do_not_depend_on_the_other_pairs_of_a_batch(reranker, pairs):
+    alone = np.concatenate([reranker.predict([pair]) for pair in pairs])
+    for chosen in (pairs, pairs[::-1]):
+        together = dict(zip(chosen, reranker.predict(chosen), strict=True))
+        np.testing.assert_allclose([together[pair] for pair in pairs], alone, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_gives_finite_fp32_scores_in_the_same_order(reranker, pairs, dtype):
+    model = BertRerankerModel.from_pretrained(TINY).to(dtype)
+    scores, exact = model.predict(pairs), reranker.predict(pairs)
+    assert scores.dtype == np.float32 and np.isfinite(scores).all()
+    assert model(model.preprocess(pairs[:2]))["logits"].dtype == torch.float32
+    far_apart = exact[:, None] - exact[None, :] > 0.05
+    assert far_apart.sum() > 20 and (scores[:, None] > scores[None, :])[far_apart].all()
+
+
+# ---- rank ------------------------------------------------------------------------------------------------------------
+DOCUMENTS = ["退款要七天", DOCUMENT, "S35", "", "充不进电时请看说明书。" * 20, "R42支持访客网络。", "S35充电"]
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"top_k": 3}, {"top_k": 100}, {"top_k": 1, "return_documents": True}, {"return_documents": True},
+    {"activation_fn": torch.nn.Identity()}, {"batch_size": 2, "show_progress_bar": False},
+], ids=str)  # fmt: skip
+def test_rank_gives_what_the_cross_encoder_gives(reranker, cross_encoder, options):
+    ours, theirs = reranker.rank(QUERY, DOCUMENTS, **options), cross_encoder.rank(QUERY, DOCUMENTS, **options)
+    without_score = [[{key: hit[key] for key in hit if key != "score"} for hit in hits] for hits in (ours, theirs)]
+    assert without_score[0] == without_score[1]
+    assert all(set(one) == set(other) for one, other in zip(ours, theirs, strict=True))
+    assert [hit["score"] for hit in ours] == pytest.approx([hit["score"] for hit in theirs], abs=1e-5)
+
+
+def test_rank_of_no_documents_is_empty_and_of_equal_scores_keeps_the_order(reranker, cross_encoder):
+    assert reranker.rank(QUERY, []) == cross_encoder.rank(QUERY, []) == []
+    for each in (reranker, cross_encoder):
+        assert [hit["corpus_id"] for hit in each.rank(QUERY, DOCUMENTS, activation_fn=torch.zeros_like)] == [*range(7)]
+
+
+def test_the_results_of_rank_can_be_written_as_json(reranker):
+    ranked = reranker.rank(QUERY, DOCUMENTS, return_documents=True)
+    assert json.loads(json.dumps(ranked)) == ranked
