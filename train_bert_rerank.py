@@ -1,13 +1,11 @@
 """Fine-tune a BERT-family cross-encoder reranker on (query, content, label) rows; measure whether its ranking rose.
 
 Edit the `args` dict in main(), at the end, and run the file, or override settings on the command line (`--help`). For
-inference: `from train_bert_rerank import BertRerankerModel`. The code stands in the order in which a run meets it.
-"""
+inference: `from train_bert_rerank import BertRerankerModel`. The code stands in the order in which a run meets it."""
 
 import argparse
 import ast
 import contextlib
-import difflib
 import gzip
 import hashlib
 import importlib.metadata
@@ -23,6 +21,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # torchrun and accelerate launch set RANK
-MICRO_BATCH_COST = {"cpu": 16, "cuda": 256, "mps": 256}  # of one more, in padded tokens: on a GPU the kernel launches
+MICRO_BATCH_COST = {"cpu": 16, "cuda": 256, "mps": 256}  # what one more micro-batch costs, in padded tokens
 
 
 class UserError(Exception):
@@ -58,10 +57,8 @@ def seed_everything(seed):
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if torch.cuda.is_available() and workspace not in (":4096:8", ":16:8"):
         say(f"CUBLAS_WORKSPACE_CONFIG={workspace} is not deterministic to PyTorch: :4096:8 is used instead.")
@@ -101,16 +98,18 @@ class BertRerankerModel(torch.nn.Module):
             try:
                 config = AutoConfig.from_pretrained(name, num_labels=1, **options)
                 tokenizer = AutoTokenizer.from_pretrained(name, **options)
+                if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers 5 makes one up without files
+                    raise OSError("the files of its tokenizer are missing")
                 model, info = AutoModelForSequenceClassification.from_pretrained(
                     name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
                 )
                 break
             except Exception as error:  # the loaders raise a dozen types for files that are not what they expect
-                if Path(name).is_dir() or not local_only or not isinstance(error, OSError):
+                if Path(name).is_dir() or not local_only or not isinstance(error, OSError | ValueError):
                     raise UserError(f"cannot load {name}: {type(error).__name__}: {str(error)[:500]}") from error
             check_hub(name, revision)
-        if config.is_encoder_decoder or not tokenizer.is_fast or len(tokenizer) <= len(tokenizer.all_special_tokens):
-            raise UserError(f"{name} is no BERT-family encoder with a fast tokenizer's files, but {config.model_type}.")
+        if config.is_encoder_decoder or not tokenizer.is_fast:
+            raise UserError(f"{name} is no BERT-family encoder with a fast tokenizer, but {config.model_type}.")
         new_weights = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
         lost = [key for key in new_weights if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
         if lost:
@@ -146,8 +145,9 @@ class BertRerankerModel(torch.nn.Module):
         for query, document in zip(*sides, strict=True):
             if len(query) + len(document) > room:
                 cut, query_cut = cut + 1, query_cut + (len(query) >= room)
-                query.truncate(room - 1)
-                document.truncate(room - len(query))
+                for spare in (room, 1, 0):  # in steps: a cut keeps the rest in pieces as short as what stays, thousands
+                    query.truncate(room - 1 + spare)
+                    document.truncate(max(room - len(query), 1) + spare)
             pair = tokenizer.post_process(query, document)
             encoded.append((np.array(pair.ids, dtype=np.int32), pair.type_ids.count(0)))
         return encoded, cut, query_cut
@@ -171,7 +171,7 @@ class BertRerankerModel(torch.nn.Module):
     def forward(self, batch, labels=None):
         """Return {"logits": [B, 1], "loss": mean BCE with logits against `labels` [B] in [0, 1], or None}."""
         logits = self.model(**{name: tensor.to(self.model.device) for name, tensor in batch.items()}).logits.float()
-        loss = None if labels is None else self.loss(logits.squeeze(-1), labels.to(logits.device))
+        loss = None if labels is None else self.loss(logits.squeeze(-1), labels.to(logits))
         return {"logits": logits, "loss": loss}
 
     @torch.inference_mode()
@@ -183,8 +183,7 @@ class BertRerankerModel(torch.nn.Module):
         lengths = np.array([len(ids) for ids, _ in encoded], dtype=np.int64)
         [micro_batches] = plan_window(lengths, max_tokens, MICRO_BATCH_COST[device.type])
         logits = torch.zeros(len(encoded), device=device)
-        micro_batches = micro_batches[process_index::num_processes]
-        for indices in tqdm(micro_batches, desc="Scoring", disable=not show_progress_bar):
+        for indices in tqdm(micro_batches[process_index::num_processes], desc="Scoring", disable=not show_progress_bar):
             output = self(self.collate([encoded[index] for index in indices]))
             logits[torch.from_numpy(indices).to(device)] = output["logits"].squeeze(-1)
         return logits
@@ -195,8 +194,8 @@ class BertRerankerModel(torch.nn.Module):
         `activation_fn` None is the sigmoid; pairs of over `self.max_len` tokens lose the end of their document."""
         is_single = len(inputs) > 0 and isinstance(inputs[0], str)
         encoded = self.encode([inputs] if is_single else inputs, self.max_len)[0] if len(inputs) else []
-        scores = self.score(encoded, batch_size * self.max_len, show_progress_bar=show_progress_bar)
-        scores = (activation_fn or torch.sigmoid)(scores)
+        logits = self.score(encoded, batch_size * self.max_len, show_progress_bar=show_progress_bar)
+        scores = (activation_fn or torch.sigmoid)(logits)
         if not convert_to_tensor:
             scores = scores.cpu().numpy() if convert_to_numpy else list(scores)
         return scores[0] if is_single else scores
@@ -205,8 +204,8 @@ class BertRerankerModel(torch.nn.Module):
         """Documents, best first, as [{"corpus_id", "score"[, "text"]}]: as in CrossEncoder.rank."""
         scores = self.predict([(query, document) for document in documents], **predict_options).tolist()
         order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:top_k]
-        ranked = [{"corpus_id": index, "score": scores[index], "text": documents[index]} for index in order]
-        return ranked if return_documents else [{key: hit[key] for key in ("corpus_id", "score")} for hit in ranked]
+        texts = [{"text": document} if return_documents else {} for document in documents]
+        return [{"corpus_id": index, "score": scores[index], **texts[index]} for index in order]
 
 
 def check_hub(name, revision):
@@ -325,12 +324,11 @@ def check_rows(train_rows, eval_rows, middle):
 class RerankDataset:
     """N rows tokenised once: `encoded` pairs, their `lengths` [N] in tokens, and `labels` [N] scaled to [0, 1]."""
 
-    def __init__(self, rows, model, args, name):
+    def __init__(self, rows, name, model, args):
         self.queries, self.encoded, cut, query_cut = [query for query, *_ in rows], [], 0, 0
         scale = args["max_label"] - args["min_label"]
         self.labels = torch.tensor([(label - args["min_label"]) / scale for *_, label in rows])
-        chunks, silent = range(0, len(rows), 1000), not (IS_MAIN_PROCESS and rows)
-        for start in tqdm(chunks, desc=f"Tokenizing {name} data", unit=" x 1000 rows", disable=silent):
+        for start in tqdm(range(0, len(rows), 1000), f"Tokenizing {name} data", disable=not (IS_MAIN_PROCESS and rows)):
             chunk = model.encode([row[:2] for row in rows[start : start + 1000]], args["max_len"])
             self.encoded += chunk[0]
             cut, query_cut = cut + chunk[1], query_cut + chunk[2]
@@ -405,8 +403,8 @@ def mrr_at_k(labels, scores, k=10):
     first = group[labels >= 0.5].min()
     start, size, hits = (group < first).sum(), (group == first).sum(), (labels[group == first] >= 0.5).sum()
     # In random order, the first of `hits` among `size` stands at `place` in comb(size - place, hits - 1) cases.
-    places = range(1, min(size - hits + 1, k - start) + 1)
-    return sum(math.comb(size - place, hits - 1) / math.comb(size, hits) / (start + place) for place in places)
+    return sum(math.comb(size - place, hits - 1) / math.comb(size, hits) / (start + place)
+               for place in range(1, min(size - hits + 1, k - start) + 1))
 
 
 def ranking_metrics(queries, labels, scores):
@@ -424,16 +422,14 @@ def ranking_metrics(queries, labels, scores):
 
 def evaluate(accelerator, model, dataset, max_tokens):
     """ranking_metrics of `model`; micro-batches go whole to the processes, so that their number changes no score."""
-    with accelerator.autocast():
-        scores = model.score(dataset.encoded, max_tokens, accelerator.process_index, accelerator.num_processes,
-                             show_progress_bar=IS_MAIN_PROCESS and len(dataset.encoded) > 0)
+    scores = model.score(dataset.encoded, max_tokens, accelerator.process_index, accelerator.num_processes,
+                         show_progress_bar=IS_MAIN_PROCESS and len(dataset.encoded) > 0)
     return ranking_metrics(dataset.queries, dataset.labels.numpy(), accelerator.reduce(scores, "sum").cpu().numpy())
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 def learning_rate(step, total_steps, peak, warmup_proportion):
-    """The rate of step 1…total_steps: peak × step / W up to W = ceil(warmup_proportion × total_steps), then cosine.
-    The first step learns already and 0 is reached only after the last, so no step is wasted."""
+    """The rate of step 1…total_steps: linear warm-up over ceil(warmup_proportion × them), then cosine, 0 after them."""
     warmup = math.ceil(warmup_proportion * total_steps)
     if step <= warmup:
         return peak * step / warmup
@@ -442,11 +438,12 @@ def learning_rate(step, total_steps, peak, warmup_proportion):
 
 def start_accelerator(args, run_dir):
     """The Accelerator for the hardware at hand, with its log under `run_dir`."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # so that train() can be called again, as in a notebook
     cpu = not torch.accelerator.is_available()  # unless told, accelerate overlooks the other CPU processes
     state, gpus = PartialState(cpu=cpu), torch.cuda.device_count()
     if gpus > state.num_processes == 1:
-        say(f"One GPU of {gpus} is used; for all: accelerate launch --num_processes {gpus} {' '.join(sys.argv)}")
-    logs, config = run_dir / "logs", args if args["log_with"] == "wandb" else None  # TensorBoard's takes no list
+        say(f"Using 1 GPU of {gpus}; all: accelerate launch --num_processes {gpus} {subprocess.list2cmdline(sys.argv)}")
+    logs, config = run_dir / "logs", args if args["log_with"] == "wandb" else None  # TensorBoard takes no list
     accelerator = Accelerator(cpu=cpu, mixed_precision=supported_precision(args["mixed_precision"], state.device),
                               log_with=args["log_with"], project_dir=logs)
     accelerator.init_trackers("train_bert_rerank", config, {"wandb": {"dir": str(logs)}})
@@ -485,6 +482,8 @@ def run_steps(accelerator, model, optimizer, dataset, args):
             optimizer.step()
             optimizer.zero_grad()
             loss = accelerator.reduce(window_loss, "sum").item()
+            if not math.isfinite(loss):
+                raise UserError(f"the loss of step {step} is {loss}: lower lr {args['lr']}, or mixed_precision no")
             accelerator.log({"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}, step=step)
             history.append({"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm})
             seen += window_size
@@ -498,13 +497,11 @@ def run_steps(accelerator, model, optimizer, dataset, args):
 def draw_loss_curve(history, path):
     """Draw the loss of each step, its moving mean, the learning rate and the ends of epochs."""
     from matplotlib.figure import Figure
-
     steps, losses, rates = (np.array([point[key] for point in history]) for key in ("step", "loss", "lr"))
     half = math.ceil(len(steps) / 40)
     smooth = [losses[max(0, index - half) : index + half + 1].mean() for index in range(len(losses))]
     ends = np.flatnonzero(np.diff([point["epoch"] for point in history])) + 1.5
-    figure = Figure(figsize=(9, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(9, 4.5), dpi=120, layout="constrained").subplots()
     axes.vlines(ends, 0, 1, transform=axes.get_xaxis_transform(), color="0.8", linestyle=":", label="end of an epoch")
     axes.plot(steps, losses, color="tab:blue", alpha=0.35, label="loss of a step")
     axes.plot(steps, smooth, color="tab:blue", linewidth=2.5, label=f"mean of {2 * half + 1} steps")
@@ -512,25 +509,21 @@ def draw_loss_curve(history, path):
     right = axes.twinx()
     right.plot(steps, rates, color="tab:orange", label="learning rate")
     right.set(ylabel="learning rate", ylim=(0, None))
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    figure.savefig(path)
+    axes.figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    axes.figure.savefig(path)
 
 
 def describe_machine(accelerator):
     """What run.json says of versions, hardware and memory."""
     is_cuda = accelerator.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if is_cuda else None
-    if os.name == "posix" and not is_cuda:  # in KiB, but on macOS in bytes
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--verify", "HEAD"]
+    rss = importlib.import_module("resource").getrusage(0).ru_maxrss * 1024 if sys.platform == "linux" else None
     packages = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
     return {
-        "processes": accelerator.num_processes, "precision": accelerator.mixed_precision, "peak_memory_bytes": peak,
+        "processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if is_cuda else rss,
         "hardware": f"{platform.platform()}, {torch.cuda.get_device_name() if is_cuda else accelerator.device}",
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "python": platform.python_version(), "versions": {each: importlib.metadata.version(each) for each in packages},
         "git_revision": shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip(),
     }
 
@@ -548,15 +541,17 @@ def train(args):
     if model.new_weights:
         say(f"Not in {name}, so drawn with seed {args['seed']}: {', '.join(model.new_weights)}")
     if max_len > model.max_len:
-        raise UserError(f"max_len {max_len} is more than the {model.max_len} tokens that {name} takes.", exit_status=2)
+        raise UserError(f"max_len {max_len}: {name} takes {model.max_len} (positions, model_max_length)", exit_status=2)
     model.tokenizer.model_max_length = max_len
     model.model.config.update({key: args[key] for key in ("query_format", "document_format")})
     base_sha256 = hashlib.sha256()
     for weight in model.state_dict().values():
         base_sha256.update(weight.numpy())
-    train_data = RerankDataset(train_rows, model, args, "train")
-    eval_data = RerankDataset(eval_rows, model, args, "eval")
+    train_data, eval_data = (RerankDataset(*part, model, args) for part in ((train_rows, "train"), (eval_rows, "eval")))
     run_dir = output_dir / "unfinished_run"  # what is in it moves up into output_dir once all of it is complete
+    stray = not (output_dir / "run.json").exists() and any((output_dir / n).exists() for n in ("final_model", "logs"))
+    if stray or output_dir.is_file() or (run_dir / "run.json").exists():
+        raise UserError(f"{output_dir} is a file, or holds a model, logs or a run to keep: take another output_dir")
     if IS_MAIN_PROCESS:
         shutil.rmtree(run_dir, ignore_errors=True)
         (run_dir / "logs").mkdir(parents=True)
@@ -586,16 +581,17 @@ def train(args):
         **describe_machine(accelerator),
     }
     accelerator.end_training()
-    AcceleratorState._reset_state(reset_partial_state=True)  # train() can be called again, in another precision too
     if IS_MAIN_PROCESS:
         (run_dir / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False), encoding="utf-8")
-        for result in list(run_dir.iterdir()):
+        for result in sorted(run_dir.iterdir(), key=lambda path: path.name == "run.json"):  # it last
             target = output_dir / result.name
-            if target.exists():
+            if os.path.lexists(target):
                 say(f"{target} replaces that of an earlier run.")
-                shutil.rmtree(target, ignore_errors=True)  # a folder; a file is simply replaced
-            result.replace(target)
+                (shutil.rmtree if target.is_dir() and not target.is_symlink() else os.remove)(target)
+            result.rename(target)
         run_dir.rmdir()
+    if eval_rows and before["NDCG@10"] is None:
+        say("No query of the evaluation has rows with different labels: nothing is claimed about the ranking.")
     for key, was, now in [(key, before[key], after[key]) for key in ("NDCG@10", "MRR@10") if before[key] is not None]:
         say(f"{key:10} before {was:.4f}   after {now:.4f}   change {now - was:+.4f}")
     return run
@@ -611,6 +607,8 @@ def read_settings():
         rest = source.splitlines()[value.end_lineno - 1].encode()[value.end_col_offset :].decode()
         kinds, _, meaning = rest.partition("#")[2].partition(":")
         default = eval(compile(ast.Expression(value), __file__, "eval"))  # an edited value may read 2 * 256
+        if not meaning:
+            raise UserError(f"{key.value} in main() has lost its comment `# kinds: meaning`, which is read too", 2)
         settings[key.value] = (kinds.strip().split(" | "), meaning.strip(), default)
     return settings
 
@@ -633,17 +631,16 @@ def check_settings(args):
     args = {**{key: default for key, (_, _, default) in settings.items()}, **args}
     for key, value in args.items():
         if key not in settings:
-            [nearest] = difflib.get_close_matches(key, settings, n=1, cutoff=0)
-            raise UserError(f"unknown setting {key}; the nearest is {nearest} (--help lists all)", exit_status=2)
+            raise UserError(f"unknown setting {key}; the nearest is {get_close_matches(key, settings, 1, 0)[0]}", 2)
         if not any(fits(value, kind) for kind in settings[key][0]):
             raise UserError(f"{key} should be {' or '.join(settings[key][0])}, not {value!r}", exit_status=2)
     if args["min_label"] >= args["max_label"]:
         raise UserError(f"min_label {args['min_label']} is not below max_label {args['max_label']}", exit_status=2)
-    for key in ("query_format", "document_format"):
-        if args[key].count("{}") != 1:
-            raise UserError(f"{key} should hold {{}} once, where the text goes, not {args[key]!r}", exit_status=2)
-    if args["log_with"] and not getattr(importlib.util.find_spec(args["log_with"]), "origin", None):
-        raise UserError(f"log_with {args['log_with']} needs its package: pip install {args['log_with']}", exit_status=2)
+    if any(args[key].count("{}") != 1 for key in ("query_format", "document_format")):
+        raise UserError("query_format and document_format should each hold {} once, where the text goes", exit_status=2)
+    for package in filter(None, ("matplotlib", args["log_with"])):
+        if not getattr(importlib.util.find_spec(package), "origin", None):
+            raise UserError(f"the package {package} is missing: pip install {package}", exit_status=2)
     return args
 
 
@@ -666,7 +663,7 @@ def parse_command_line(argv):
 
 
 def main():
-    """Edit `args` and run; each comment says what the value may be and what it means."""
+    """Edit the values of `args` and run. The comments, `# kinds: meaning`, are read too: keep them."""
     args = {
         "model_name_or_path": "BAAI/bge-reranker-large",  # str: hub name or local folder of a reranker or plain encoder
         "revision": None,  # str | None: branch, tag or commit of the hub model
@@ -694,7 +691,7 @@ def main():
     try:
         train({**args, **parse_command_line(sys.argv[1:])})
     except UserError as error:
-        if IS_MAIN_PROCESS:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
             print(f"Error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
 

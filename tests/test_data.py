@@ -258,7 +258,7 @@ def test_a_separator_inside_a_text_is_no_line_end(read, separator):
 )
 def test_graded_and_soft_labels_are_scaled_linearly(read, reranker, low, high, labels, scaled):
     rows = read(b"\n".join(line(label=label) for label in labels), min_label=low, max_label=high)
-    data = RerankDataset(rows, reranker, {"min_label": low, "max_label": high, "max_len": 64}, "train")
+    data = RerankDataset(rows, "train", reranker, {"min_label": low, "max_label": high, "max_len": 64})
     assert [label for *_, label in rows] == labels
     assert data.labels.tolist() == pytest.approx(scaled, abs=1e-7)
 
@@ -363,10 +363,10 @@ def test_the_pairs_and_queries_that_max_len_truncates_are_counted_as_the_tokeniz
     cut = sum(size > max_len for size, _ in sizes)
     query_cut = sum(size > max_len and query >= max_len - special for size, query in sizes)
     assert 0 < query_cut < cut < 100
-    RerankDataset(rows, reranker, {"min_label": 0, "max_label": 1, "max_len": max_len}, "eval")
+    RerankDataset(rows, "eval", reranker, {"min_label": 0, "max_label": 1, "max_len": max_len})
     expected = f"Warning: max_len truncates {cut} eval pairs ({cut}.00%), in {query_cut} the query too.\n"
     assert capsys.readouterr().out == expected
-    RerankDataset(rows, reranker, {"min_label": 0, "max_label": 1, "max_len": 128}, "eval")
+    RerankDataset(rows, "eval", reranker, {"min_label": 0, "max_label": 1, "max_len": 128})
     assert capsys.readouterr().out == ""
 
 

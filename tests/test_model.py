@@ -178,7 +178,7 @@ def test_train_refuses_a_max_len_that_the_model_cannot_take_with_exit_status_2(
     tiny_bert, write_jsonl, tmp_path, max_len
 ):
     output_dir = tmp_path / "output"
-    with pytest.raises(UserError, match=f"^max_len {max_len} is more than the 64 tokens that .*tiny_bert") as error:
+    with pytest.raises(UserError, match=f"^max_len {max_len}: .*tiny_bert.* takes 64 ") as error:
         train({
             "model_name_or_path": tiny_bert, "train_dataset": write_jsonl("data.jsonl", rows_of(2)), "max_len": max_len,
             "output_dir": str(output_dir),
@@ -501,3 +501,20 @@ def test_a_path_that_is_no_folder_is_not_looked_for_on_the_hub(tmp_path):
     for name in (str(tmp_path / "no" / "such" / "folder"), "./no/such/folder", f"{TINY}/config.json"):
         with pytest.raises(UserError, match=f"^{name} is no local folder"):
             BertRerankerModel.from_pretrained(name)
+
+
+def test_a_long_query_with_a_long_document_takes_no_memory_beyond_their_tokens(reranker):
+    import resource
+
+    [(ids, _)], cut, query_cut = reranker.encode([("问" * 600, "答" * 5000)], 512)
+    assert (len(ids), cut, query_cut) == (512, 1, 1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reranker.encode([("问" * 2000, "答" * 2000)], 512)  # 3 GB if a cut kept all its pieces
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
+
+
+def test_integer_and_double_labels_give_the_loss_of_floats(reranker):
+    batch = reranker.preprocess([("问题", "回答"), ("问题", "别的")])
+    losses = [reranker(batch, torch.tensor([1, 0], dtype=dtype))["loss"] for dtype in (torch.int64, torch.float64)]
+    assert losses[0] == losses[1] == reranker(batch, torch.tensor([1.0, 0.0]))["loss"]
+    assert losses[0].dtype == losses[1].dtype == torch.float32

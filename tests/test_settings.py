@@ -177,7 +177,7 @@ WRONG_NAMES = [
 
 @pytest.mark.parametrize("arguments, name, nearest", WRONG_NAMES)
 def test_an_unknown_key_is_refused_with_the_nearest_key(arguments, name, nearest):
-    with pytest.raises(UserError, match=f"^unknown setting '?{name}'?; the nearest is {nearest} .--help") as error:
+    with pytest.raises(UserError, match=f"^unknown setting '?{name}'?; the nearest is {nearest}$") as error:
         check_settings(parse_command_line(arguments))
     assert error.value.exit_status == 2
 
@@ -190,13 +190,13 @@ def test_a_key_without_its_two_dashes_is_refused(key):
 
 
 def test_an_unknown_key_in_a_dict_is_refused_with_the_nearest_key():
-    with pytest.raises(UserError, match="unknown setting learning_rat; the nearest is .*--help lists all") as error:
+    with pytest.raises(UserError, match="unknown setting learning_rat; the nearest is ") as error:
         train_bert_rerank.train({"learning_rat": 1e-4})
     assert error.value.exit_status == 2
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--epoch", "3"], "Error: unknown setting epoch; the nearest is epochs (--help lists all)\n"),
+    (["--epoch", "3"], "Error: unknown setting epoch; the nearest is epochs\n"),
     (["--epochs", "three"], "Error: epochs should be int 1.., not 'three'\n"),
     (["--lr"], "--lr: expected one argument"),
     (["--lr", "--epochs", "3"], "--lr: expected one argument"),
@@ -208,7 +208,7 @@ def test_a_wrong_command_line_ends_in_one_message_and_exit_status_2(refused, arg
 def test_exit_status_2_reaches_the_shell_without_a_traceback(run_script, tmp_path):
     run = run_script("--max_length", 128)
     assert run.returncode == 2
-    assert run.stdout == "Error: unknown setting max_length; the nearest is max_len (--help lists all)\n"
+    assert run.stdout == "Error: unknown setting max_length; the nearest is max_len\n"
     assert os.listdir(tmp_path) == []
 
 
@@ -352,7 +352,7 @@ def test_without_wandb_installed_log_with_wandb_says_how_to_install_it(run_scrip
     (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT_WANDB)
     before = sorted(os.listdir(tmp_path))
     run = run_script("--log_with", "wandb", "--model_name_or_path", TINY, PYTHONPATH=str(tmp_path / "site"))
-    assert (run.returncode, run.stdout) == (2, "Error: log_with wandb needs its package: pip install wandb\n")
+    assert (run.returncode, run.stdout) == (2, "Error: the package wandb is missing: pip install wandb\n")
     assert sorted(os.listdir(tmp_path)) == before
 
 
@@ -360,7 +360,7 @@ def test_a_wandb_folder_of_earlier_runs_does_not_pass_for_the_package(tmp_path, 
     (tmp_path / "wandb").mkdir()
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(UserError, match="^log_with wandb needs its package: pip install wandb$"):
+    with pytest.raises(UserError, match="^the package wandb is missing: pip install wandb$"):
         check_settings({"log_with": "wandb"})
 
 

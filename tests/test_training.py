@@ -17,6 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import train_bert_rerank
+from train_bert_rerank import UserError
 
 SCRIPT = (ROOT / "train_bert_rerank.py").read_text(encoding="utf-8")
 KEY_BIAS = "attention.self.key.bias"  # its gradient is zero but for rounding noise, which Adam turns into steps
@@ -303,3 +304,59 @@ def test_weight_decay_spares_biases_and_layer_norm(without_dropout, write_jsonl,
         weights.append(load_file(tmp_path / "out" / "final_model" / "model.safetensors"))
     changed = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
     assert changed == {name for name in weights[0] if not name.endswith("bias") and "LayerNorm" not in name}
+
+
+@pytest.fixture
+def small_run(write_jsonl, tmp_path):
+    """Settings of a run of one step, into a folder `out`."""
+    return {"model_name_or_path": TINY, "train_dataset": write_jsonl("rows.jsonl", rows_of(4)), "eval_dataset": None,
+            "output_dir": str(tmp_path / "out"), "epochs": 1, "mixed_precision": "no", "log_with": None}
+
+
+@pytest.mark.parametrize("kept", ["final_model/mine.txt", "logs/mine.txt", "unfinished_run/run.json"])
+def test_what_no_finished_run_left_in_output_dir_is_not_deleted(kept, small_run, tmp_path):
+    file = tmp_path / "out" / kept
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(UserError, match="take another output_dir"):
+        train_bert_rerank.train(small_run)
+    assert file.read_text() == "mine"
+
+
+def test_an_output_dir_that_is_a_file_is_refused(small_run, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(UserError, match="is a file"):
+        train_bert_rerank.train(small_run)
+
+
+def test_a_link_in_output_dir_is_replaced_and_what_it_points_to_stays(small_run, tmp_path):
+    train_bert_rerank.train(small_run)
+    (tmp_path / "out" / "final_model").rename(tmp_path / "elsewhere")
+    (tmp_path / "out" / "final_model").symlink_to(tmp_path / "elsewhere")
+    train_bert_rerank.train(small_run)
+    assert not (tmp_path / "out" / "final_model").is_symlink()
+    assert (tmp_path / "out" / "final_model" / "model.safetensors").is_file()
+    assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
+
+
+def test_a_run_that_diverges_stops_and_replaces_nothing(small_run, tmp_path):
+    train_bert_rerank.train(small_run)
+    before = (tmp_path / "out" / "final_model" / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="the loss of step 2 is nan: lower lr"):
+        train_bert_rerank.train({**small_run, "lr": 1e30, "warmup_proportion": 0.0, "epochs": 3})
+    assert (tmp_path / "out" / "final_model" / "model.safetensors").read_bytes() == before
+
+
+def test_after_an_interrupted_run_another_can_start_in_the_same_process(small_run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train_bert_rerank, "learning_rate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train_bert_rerank.train(small_run)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert train_bert_rerank.train({**small_run, "mixed_precision": "bf16"})["precision"] == "bf16"
+
+
+def test_an_evaluation_with_nothing_to_rank_says_so(small_run, write_jsonl, capsys):
+    train_bert_rerank.train({**small_run, "eval_dataset": write_jsonl("eval.jsonl", rows_of(3))})
+    out = capsys.readouterr().out
+    assert "No query of the evaluation has rows with different labels" in out and "NDCG" not in out
