@@ -33,6 +33,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+ADVICE = 'Each line should be a JSON object in UTF-8: {"query": "…", "content": "…", "label": 1}'
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # torchrun and accelerate launch set RANK
 MICRO_BATCH_COST = {"cpu": 16, "cuda": 256, "mps": 256}  # what one more micro-batch costs, in padded tokens
 
@@ -145,9 +146,9 @@ class BertRerankerModel(torch.nn.Module):
         for query, document in zip(*sides, strict=True):
             if len(query) + len(document) > room:
                 cut, query_cut = cut + 1, query_cut + (len(query) >= room)
+                query.truncate(room - 1)
                 for spare in (room, 1, 0):  # in steps: a cut keeps the rest in pieces as short as what stays, thousands
-                    query.truncate(room - 1 + spare)
-                    document.truncate(max(room - len(query), 1) + spare)
+                    document.truncate(room - len(query) + spare)
             pair = tokenizer.post_process(query, document)
             encoded.append((np.array(pair.ids, dtype=np.int32), pair.type_ids.count(0)))
         return encoded, cut, query_cut
@@ -216,7 +217,7 @@ def check_hub(name, revision):
         raise UserError(f"{name} is no local folder, and the hub refuses it: {str(error).splitlines()[0]}") from error
     except Exception as error:  # name resolution, proxy, TLS, timeout, offline mode: the hub is out of reach
         raise UserError(
-            f"{name} is not in the local cache, and the hub cannot be reached ({type(error).__name__}). Either\n"
+            f"{name} is no folder, not in the cache, and the hub is out of reach ({type(error).__name__}). Either\n"
             "  - pass a local copy:       --model_name_or_path path/to/the/folder\n"
             "  - use a mirror of the hub: HF_ENDPOINT=https://hf-mirror.com python train_bert_rerank.py\n"
             "  - try without a download:  --model_name_or_path tiny_reranker"
@@ -232,7 +233,7 @@ def parse_line(line, min_label, max_label):
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError as well
         raise ValueError(f"not JSON in UTF-8 ({str(error).replace('line 1 column', 'column')})") from error
     if not isinstance(sample, dict):
-        raise ValueError('not a JSON object; it should read {"query": "…", "content": "…", "label": 1}')
+        raise ValueError("not a JSON object")
     if sum(any(key in sample for key in shape) for shape in (("content",), ("pos", "neg"), ("hits",))) > 1:
         raise ValueError("two shapes at once: keep either content, or pos and neg, or hits")
     lists = [sample.get(key, []) for key in ("pos", "neg", "hits")]
@@ -275,9 +276,9 @@ def read_rows(path, min_label, max_label):
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if bad:
         more = f"\n  … and {len(bad) - 10} more" * (len(bad) > 10)
-        raise UserError(f"{path}: {len(bad)} bad line{'s' * (len(bad) > 1)}{''.join(bad[:10])}{more}")
+        raise UserError(f"{path}: {len(bad)} bad line{'s' * (len(bad) > 1)}{''.join(bad[:10])}{more}\n{ADVICE}")
     if not rows:
-        raise UserError(f'{path}: no rows; each line should read {{"query": "…", "content": "…", "label": 1}}')
+        raise UserError(f"{path}: no rows. {ADVICE}")
     say("----- Label Distribution -----")
     for label, count in sorted(Counter(round(label, 2) + 0.0 for *_, label in rows).most_common(20)):
         say(f"Label {label:.2f}: {count} ({count / len(rows):.2%})")
@@ -431,9 +432,8 @@ def evaluate(accelerator, model, dataset, max_tokens):
 def learning_rate(step, total_steps, peak, warmup_proportion):
     """The rate of step 1…total_steps: linear warm-up over ceil(warmup_proportion × them), then cosine, 0 after them."""
     warmup = math.ceil(warmup_proportion * total_steps)
-    if step <= warmup:
-        return peak * step / warmup
-    return peak * (1 + math.cos(math.pi * (step - 1 - warmup) / (total_steps - warmup))) / 2
+    decayed = (step - 1 - warmup) / max(1, total_steps - warmup)
+    return peak * (step / warmup if step <= warmup else (1 + math.cos(math.pi * decayed)) / 2)
 
 
 def start_accelerator(args, run_dir):
@@ -532,11 +532,15 @@ def train(args):
     """Fine-tune as `args` says (keys left out take their values in main()); returns what run.json holds."""
     args = check_settings(args)
     say(f"Training Args: {args}")
+    name, max_len, output_dir = args["model_name_or_path"], args["max_len"], Path(args["output_dir"])
+    run_dir = output_dir / "unfinished_run"  # what is in it moves up into output_dir once all of it is complete
+    stray = not (output_dir / "run.json").exists() and any((output_dir / n).exists() for n in ("final_model", "logs"))
+    if stray or output_dir.is_file() or (run_dir / "run.json").exists():
+        raise UserError(f"{output_dir} is a file, or holds a model, logs or a run to keep: take another output_dir", 2)
     seed_everything(args["seed"])
     clock = [time.perf_counter()]
     train_rows, eval_rows, data_sha256 = load_data(args)
     check_rows(train_rows, eval_rows, (args["min_label"] + args["max_label"]) / 2)
-    name, max_len, output_dir = args["model_name_or_path"], args["max_len"], Path(args["output_dir"])
     model = BertRerankerModel.from_pretrained(name, args["revision"], args["trust_remote_code"])
     if model.new_weights:
         say(f"Not in {name}, so drawn with seed {args['seed']}: {', '.join(model.new_weights)}")
@@ -548,10 +552,6 @@ def train(args):
     for weight in model.state_dict().values():
         base_sha256.update(weight.numpy())
     train_data, eval_data = (RerankDataset(*part, model, args) for part in ((train_rows, "train"), (eval_rows, "eval")))
-    run_dir = output_dir / "unfinished_run"  # what is in it moves up into output_dir once all of it is complete
-    stray = not (output_dir / "run.json").exists() and any((output_dir / n).exists() for n in ("final_model", "logs"))
-    if stray or output_dir.is_file() or (run_dir / "run.json").exists():
-        raise UserError(f"{output_dir} is a file, or holds a model, logs or a run to keep: take another output_dir")
     if IS_MAIN_PROCESS:
         shutil.rmtree(run_dir, ignore_errors=True)
         (run_dir / "logs").mkdir(parents=True)
@@ -602,12 +602,12 @@ def read_settings():
     """{key: (kinds, meaning, default)} from the `args` literal in main(), the only place where they stand."""
     source = Path(__file__).read_text(encoding="utf-8")
     [function] = [node for node in ast.parse(source).body if getattr(node, "name", None) == "main"]
-    literal, settings = function.body[1].value, {}
+    literal, settings = next(each for each in ast.walk(function) if isinstance(each, ast.Dict)), {}
     for key, value in zip(literal.keys, literal.values, strict=True):
         rest = source.splitlines()[value.end_lineno - 1].encode()[value.end_col_offset :].decode()
         kinds, _, meaning = rest.partition("#")[2].partition(":")
         default = eval(compile(ast.Expression(value), __file__, "eval"))  # an edited value may read 2 * 256
-        if not meaning:
+        if not meaning or not kinds.strip().startswith(("str", "bool", "int", "float", '"')):
             raise UserError(f"{key.value} in main() has lost its comment `# kinds: meaning`, which is read too", 2)
         settings[key.value] = (kinds.strip().split(" | "), meaning.strip(), default)
     return settings
@@ -655,7 +655,7 @@ def parse_command_line(argv):
     overrides = {key.partition("=")[0][2:] if key.startswith("--") else repr(key): None for key in unknown[:1]}
     for key, text in vars(given).items():
         try:
-            value = json.loads("null" if text == "None" else text)
+            value = json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
         except ValueError:
             value = text
         overrides[key] = value if any(fits(value, kind) for kind in settings[key][0]) else text
@@ -690,10 +690,10 @@ def main():
     }
     try:
         train({**args, **parse_command_line(sys.argv[1:])})
-    except UserError as error:
+    except (UserError, OSError) as error:  # a full disk, a folder without permission
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
             print(f"Error: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
+        sys.exit(getattr(error, "exit_status", 1))
 
 
 if __name__ == "__main__":

@@ -107,24 +107,27 @@ def report():
     """The rise on the eval file over five seeds, and the two controls."""
     train_rows, eval_rows = read("default_train_data.jsonl"), read("default_eval_data.jsonl")
     before_of_queries = ndcg_of_queries(SETTINGS["model_name_or_path"], eval_rows)
-    rises = {"as it is": [], "labels shuffled": [], "query blanked": []}
+    results = {"as it is": [], "labels shuffled": [], "query blanked": []}
     for seed in SEEDS:
         labels = [row["label"] for row in train_rows]
         random.Random(seed).shuffle(labels)
         shuffled = [{**row, "label": label} for row, label in zip(train_rows, labels, strict=True)]
         before, after, after_of_queries = fine_tune(train_rows, eval_rows, seed=seed)
-        rises["as it is"].append(after - before)
+        results["as it is"].append((before, after))
         differences = after_of_queries - before_of_queries
         draws = np.random.default_rng(0).choice(differences, (10_000, len(differences))).mean(axis=1)
         low, high = np.percentile(draws, [2.5, 97.5])
         print(f"seed {seed}: NDCG@10 {before:.4f} -> {after:.4f}, rise {after - before:+.4f}, "
               f"95 % interval over {len(differences)} queries [{low:+.4f}, {high:+.4f}]", flush=True)
         before, after, _ = fine_tune(shuffled, eval_rows, seed=seed)
-        rises["labels shuffled"].append(after - before)
+        results["labels shuffled"].append((before, after))
         before, after, _ = fine_tune(blank(train_rows), blank(eval_rows), seed=seed)
-        rises["query blanked"].append(after - before)
-    for name, values in rises.items():
-        print(f"rise, {name}: mean {np.mean(values):+.4f}, from {min(values):+.4f} to {max(values):+.4f}")
+        results["query blanked"].append((before, after))
+    for name, values in results.items():
+        before, after = np.mean(values, axis=0)
+        rises = [late - early for early, late in values]
+        print(f"{name}: {before:.4f} -> {after:.4f} on average, rise {np.mean(rises):+.4f}, from {min(rises):+.4f} to "
+              f"{max(rises):+.4f}")
 
 
 def blank(rows):

@@ -15,7 +15,7 @@ from conftest import ROOT, TINY, rows_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from train_bert_rerank import RerankDataset, UserError, check_rows, check_settings, load_data, read_rows
+from train_bert_rerank import ADVICE, RerankDataset, UserError, check_rows, check_settings, load_data, read_rows
 
 GOOD = b'{"query": "q", "content": "c", "label": 1}'
 GOOD_ROW = ("q", "c", 1)
@@ -96,7 +96,8 @@ BAD_LINES = {
 def test_a_bad_line_is_refused_with_its_file_line_and_reason(read, tmp_path, bad, reason):
     with pytest.raises(UserError) as error:
         read(b"\n".join([GOOD, bad, GOOD]))
-    [head, complaint] = str(error.value).splitlines()
+    [head, complaint, advice] = str(error.value).splitlines()
+    assert advice == ADVICE
     assert head == f"{tmp_path / 'data.jsonl'}: 1 bad line"
     assert complaint.startswith("  line 2: ") and reason in complaint
     assert error.value.exit_status == 1
@@ -116,7 +117,7 @@ def test_a_label_outside_of_the_scale_is_refused_with_the_scale(read, low, high,
 
 @pytest.mark.parametrize("data", [b"", b"\n\r\n  \n", b"\xef\xbb\xbf", gzip.compress(b"")])
 def test_a_file_without_rows_is_refused_with_what_a_line_should_read(read, tmp_path, data):
-    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}/data.jsonl: no rows; each line should read "):
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}/data.jsonl: no rows. Each line should be "):
         read(data)
 
 
@@ -169,14 +170,14 @@ def test_all_bad_lines_are_counted_and_the_first_ten_shown_before_anything_is_wr
     assert run.stdout.count("Error: ") == 1
     assert "Error: bad_train.jsonl: 12 bad lines\n" in run.stdout
     assert re.findall(r"^  line (\d+): .", run.stdout, re.M) == ["2", "3", "4", "5", "6", "7", "9", "10", "11", "12"]
-    assert run.stdout.endswith("\n  … and 2 more\n")
+    assert run.stdout.endswith(f"\n  … and 2 more\n{ADVICE}\n")
     assert os.listdir(tmp_path) == ["bad_train.jsonl"]
 
 
 def test_a_bad_line_in_the_evaluation_file_or_a_second_train_file_names_that_file(write_jsonl):
     good, bad = write_jsonl("train.jsonl", rows_of(4)), write_jsonl("other.jsonl", [*rows_of(4), {"query": "q"}])
     for arguments in ({"train_dataset": good, "eval_dataset": bad}, {"train_dataset": [good, bad]}):
-        with pytest.raises(UserError, match=f"^{re.escape(bad)}: 1 bad line\n  line 5: content is missing$"):
+        with pytest.raises(UserError, match=f"^{re.escape(bad)}: 1 bad line\n  line 5: content is missing\n"):
             load(**arguments)
 
 

@@ -375,3 +375,34 @@ def test_log_with_wandb_offline_logs_each_step_under_output_dir_and_nowhere_else
     logged = log.read_bytes()
     for name in (b"train/loss", b"train/lr", b"train/grad_norm"):
         assert logged.count(name) >= 4, "a record for each of the four steps"
+
+
+def edited_copy(tmp_path, old, new):
+    """The script as a module, with `old` replaced by `new` in its source."""
+    source = (ROOT / "train_bert_rerank.py").read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    (tmp_path / "edited.py").write_text(source.replace(old, new), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("edited", tmp_path / "edited.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_statement_before_args_does_not_hide_them(tmp_path):
+    module = edited_copy(tmp_path, "    args = {\n", '    print("my run")\n    args = {\n')
+    assert module.read_settings() == train_bert_rerank.read_settings()
+
+
+@pytest.mark.parametrize("comment", ["", "  # was 1e-5: too low", "  # was 1e-5"])
+def test_a_key_whose_comment_was_lost_is_named(tmp_path, comment):
+    module = edited_copy(tmp_path, '"lr": 1e-5,  # float 0..: peak learning rate', f'"lr": 1e-5,{comment}')
+    with pytest.raises(module.UserError, match="^lr in main.. has lost its comment"):
+        module.read_settings()
+
+
+def test_an_output_dir_that_cannot_be_made_ends_in_one_message(run_script, write_jsonl, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run_script("--model_name_or_path", TINY, "--train_dataset", write_jsonl("rows.jsonl", rows_of(4)),
+                      "--eval_dataset", None, "--output_dir", "file/sub", "--mixed_precision", "no")  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stdout
+    assert "Error: [Errno 20] Not a directory" in done.stdout
