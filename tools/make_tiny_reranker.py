@@ -64,6 +64,7 @@ def save_tokenizer(folder: Path) -> None:
 
 # ----- Model -----
 def orthogonal(rows: int, columns: int) -> torch.Tensor:
+    """Return a random orthogonal matrix [rows, columns]."""
     return torch.nn.init.orthogonal_(torch.empty(rows, columns))
 
 
@@ -146,6 +147,7 @@ def model_number(rng: random.Random) -> str:
 
 
 def random_words(rng: random.Random, characters: str, length: int) -> list[str]:
+    """Return random words of `length` characters or a little more in all."""
     words = []
     while sum(map(len, words)) < length:
         words.append(random_word(rng, characters))
@@ -153,6 +155,7 @@ def random_words(rng: random.Random, characters: str, length: int) -> list[str]:
 
 
 def join(rng: random.Random, words: list[str]) -> str:
+    """Join words, now and then with a space, punctuation or 的 between them."""
     return "".join(word + rng.choice(("", "", "", "", "", "", " ", ",", "。", "、", "的", "?")) for word in words)
 
 
@@ -272,6 +275,7 @@ def measure(model: XLMRobertaForSequenceClassification, tokenizer, seed: int, li
 
 
 def main() -> None:
+    """Build the tokenizer and the model, train, save, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("tiny_reranker"))
     parser.add_argument("--seed", type=int, default=42)
