@@ -576,7 +576,7 @@ def train(args):
     run = {
         "args": args, "before": before, "after": after, "data_sha256": data_sha256,
         "base_sha256": base_sha256.hexdigest(), "base_revision": None if Path(name).is_dir() else
-        Path(try_to_load_from_cache(name, "config.json", revision=args["revision"])).parent.name,
+        Path(try_to_load_from_cache(name, "config.json", revision=args["revision"]) or "").parent.name,
         "seconds": {"preparation": clock[1] - clock[0], "training": clock[2] - clock[1]},
         **describe_machine(accelerator),
     }

@@ -14,10 +14,10 @@ from conftest import ROOT, TINY, rows_of
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import binary_cross_entropy_with_logits
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import train_bert_rerank
-from train_bert_rerank import UserError
+from train_bert_rerank import BertRerankerModel, UserError
 
 SCRIPT = (ROOT / "train_bert_rerank.py").read_text(encoding="utf-8")
 KEY_BIAS = "attention.self.key.bias"  # its gradient is zero but for rounding noise, which Adam turns into steps
@@ -360,3 +360,22 @@ def test_an_evaluation_with_nothing_to_rank_says_so(small_run, write_jsonl, caps
     train_bert_rerank.train({**small_run, "eval_dataset": write_jsonl("eval.jsonl", rows_of(3))})
     out = capsys.readouterr().out
     assert "No query of the evaluation has rows with different labels" in out and "NDCG" not in out
+
+
+def test_an_fp16_checkpoint_is_trained_in_fp32(small_run, tmp_path):
+    shutil.copytree(TINY, tmp_path / "half")
+    AutoModelForSequenceClassification.from_pretrained(TINY).half().save_pretrained(tmp_path / "half")
+    assert {weight.dtype for weight in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.float16}
+    train_bert_rerank.train({**small_run, "model_name_or_path": str(tmp_path / "half"), "lr": 1e-6})
+    weights = load_file(tmp_path / "out" / "final_model" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    trained = weights["classifier.dense.weight"]  # a step of 1e-6 would be lost in fp16
+    assert not torch.equal(trained, trained.half().float())
+
+
+def test_a_plain_encoder_is_trained_with_a_new_head_and_the_run_says_so(small_run, tmp_path, capsys):
+    shutil.copytree(TINY, tmp_path / "encoder")
+    AutoModel.from_pretrained(TINY).save_pretrained(tmp_path / "encoder")
+    train_bert_rerank.train({**small_run, "model_name_or_path": str(tmp_path / "encoder")})
+    assert "so drawn with seed 42: classifier.dense.bias, classifier.dense.weight" in capsys.readouterr().out
+    assert BertRerankerModel.from_pretrained(str(tmp_path / "out" / "final_model")).new_weights == []
