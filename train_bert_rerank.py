@@ -5,7 +5,6 @@ inference: `from train_bert_rerank import BertRerankerModel`. The code stands in
 
 import argparse
 import ast
-import contextlib
 import gzip
 import hashlib
 import importlib.metadata
@@ -22,6 +21,7 @@ import time
 import zlib
 from collections import Counter
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +31,13 @@ from accelerate.state import AcceleratorState, PartialState
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 ADVICE = 'Each line should be a JSON object in UTF-8: {"query": "…", "content": "…", "label": 1}'
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # torchrun and accelerate launch set RANK
+RESULTS = ["final_model", "fine_tuned_model", "logs", "loss_curve.png", "score_distribution.png", "eval_report.json",
+           "predictions.jsonl", "rows_to_check.jsonl", "run.json"]  # in this order; run.json marks a finished run
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numpy")  # whose versions run.json holds
 MICRO_BATCH_COST = {"cpu": 16, "cuda": 256, "mps": 256}  # what one more micro-batch costs, in padded tokens
 
 
@@ -46,18 +49,16 @@ class UserError(Exception):
 
 
 def say(message):
-    """Print once, however many processes there are."""
+    """Print once, however many processes there are, above a bar that stands."""
     if IS_MAIN_PROCESS:
-        print(message, flush=True)
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
 
 
 # ---- Reproducibility -------------------------------------------------------------------------------------------------
 def seed_everything(seed):
     """Seed random, numpy, torch and CUDA and turn on determinism; call it before CUDA starts, for cuBLAS's variable."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True)
+    set_seed(seed, deterministic=True)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -68,11 +69,9 @@ def seed_everything(seed):
 
 def supported_precision(mixed_precision, device):
     """`mixed_precision` where `device` computes in it natively, else "no" (fp32), which is said."""
-    bf16 = {
-        "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
-        "mps": torch.backends.mps.is_available() and torch.backends.mps.is_macos_or_newer(14, 0),
-        "cpu": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
-    }
+    bf16 = {"cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
+            "mps": torch.backends.mps.is_available() and torch.backends.mps.is_macos_or_newer(14, 0),
+            "cpu": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}
     if {"no": True, "fp16": device.type != "cpu", "bf16": bf16[device.type]}[mixed_precision]:
         return mixed_precision
     say(f"mixed_precision {mixed_precision} is not native to this {device.type} device: computing in fp32.")
@@ -102,8 +101,7 @@ class BertRerankerModel(torch.nn.Module):
                 if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers 5 makes one up without files
                     raise OSError("the files of its tokenizer are missing")
                 model, info = AutoModelForSequenceClassification.from_pretrained(
-                    name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
-                )
+                    name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options)
                 break
             except Exception as error:  # the loaders raise a dozen types for files that are not what they expect
                 if Path(name).is_dir() or not local_only or not isinstance(error, OSError | ValueError):
@@ -125,11 +123,10 @@ class BertRerankerModel(torch.nn.Module):
     @property
     def max_len(self):
         """Tokens that a pair may have, special tokens included (of XLM-R's 514 positions 512 are usable)."""
-        limits = [min(int(self.tokenizer.model_max_length), 10**9)]
-        for name, module in self.model.named_modules():
-            if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-                limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
-        return min(limits)
+        tables = [module for name, module in self.model.named_modules()
+                  if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)]
+        usable = [each.num_embeddings - (0 if each.padding_idx is None else each.padding_idx + 1) for each in tables]
+        return min(int(self.tokenizer.model_max_length), 10**9, *usable)
 
     def encode(self, pairs, max_len):
         """Tokenise N (query, document) pairs to at most `max_len` tokens. The document is cut; a query only where it
@@ -138,10 +135,9 @@ class BertRerankerModel(torch.nn.Module):
         tokenizer.no_truncation()
         tokenizer.no_padding()
         room = max_len - tokenizer.num_special_tokens_to_add(is_pair=True)
-        sides = []
-        for key, texts in zip(("query_format", "document_format"), zip(*pairs, strict=True), strict=True):
-            texts = [getattr(self.model.config, key, "{}").replace("{}", text) for text in texts]
-            sides.append(tokenizer.encode_batch(texts, add_special_tokens=False))
+        formats = [getattr(self.model.config, key, "{}") for key in ("query_format", "document_format")]
+        sides = [tokenizer.encode_batch([form.replace("{}", text) for text in texts], add_special_tokens=False)
+                 for form, texts in zip(formats, zip(*pairs, strict=True), strict=True)]
         encoded, cut, query_cut = [], 0, 0
         for query, document in zip(*sides, strict=True):
             if len(query) + len(document) > room:
@@ -176,18 +172,19 @@ class BertRerankerModel(torch.nn.Module):
         return {"logits": logits, "loss": loss}
 
     @torch.inference_mode()
-    def score(self, encoded, max_tokens, process_index=0, num_processes=1, show_progress_bar=None):
-        """Logits [N] in fp32 of N encoded pairs, in micro-batches of at most `max_tokens` padded tokens. Of several
-        processes each computes whole micro-batches; the logits of the others stay 0."""
+    def score(self, encoded, max_tokens, show_progress_bar=None, accelerator=None):
+        """Logits [N] in fp32 of N encoded pairs, in micro-batches of at most `max_tokens` padded tokens. The processes
+        of an `accelerator` share them out, whole, so that their number changes no score; all get all logits."""
         self.eval()
         device = self.model.device
         lengths = np.array([len(ids) for ids, _ in encoded], dtype=np.int64)
         [micro_batches] = plan_window(lengths, max_tokens, MICRO_BATCH_COST[device.type])
         logits = torch.zeros(len(encoded), device=device)
-        for indices in tqdm(micro_batches[process_index::num_processes], desc="Scoring", disable=not show_progress_bar):
+        own = micro_batches[accelerator.process_index :: accelerator.num_processes] if accelerator else micro_batches
+        for indices in tqdm(own, desc="Scoring", disable=not show_progress_bar, leave=None):
             output = self(self.collate([encoded[index] for index in indices]))
             logits[torch.from_numpy(indices).to(device)] = output["logits"].squeeze(-1)
-        return logits
+        return accelerator.reduce(logits, "sum") if accelerator else logits
 
     def predict(self, inputs, batch_size=32, show_progress_bar=None, activation_fn=None, convert_to_numpy=True,
                 convert_to_tensor=False):
@@ -195,7 +192,7 @@ class BertRerankerModel(torch.nn.Module):
         `activation_fn` None is the sigmoid; pairs of over `self.max_len` tokens lose the end of their document."""
         is_single = len(inputs) > 0 and isinstance(inputs[0], str)
         encoded = self.encode([inputs] if is_single else inputs, self.max_len)[0] if len(inputs) else []
-        logits = self.score(encoded, batch_size * self.max_len, show_progress_bar=show_progress_bar)
+        logits = self.score(encoded, batch_size * self.max_len, show_progress_bar)
         scores = (activation_fn or torch.sigmoid)(logits)
         if not convert_to_tensor:
             scores = scores.cpu().numpy() if convert_to_numpy else list(scores)
@@ -258,7 +255,7 @@ def parse_line(line, min_label, max_label):
 
 
 def read_rows(path, min_label, max_label):
-    """Rows [(query, content, label)] and SHA-256 of a JSONL file, plain or gzip; UserError shows ten bad lines."""
+    """Rows [(query, content, label, path, line)], SHA-256 of a JSONL file, plain or gzip; UserError: ten bad lines."""
     rows, bad, digest = [], [], hashlib.sha256()
     try:
         with open(path, "rb") as raw, tqdm(desc="Loading data", total=os.path.getsize(path), unit="B", unit_scale=True,
@@ -269,7 +266,7 @@ def read_rows(path, min_label, max_label):
                 bar.update(raw.tell() - bar.n)
                 line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip()
                 try:
-                    rows += parse_line(line, min_label, max_label) if line else []
+                    rows += [(*row, path, number) for row in parse_line(line, min_label, max_label)] if line else []
                 except ValueError as error:
                     bad.append(f"\n  line {number}: {error}")
     except (OSError, EOFError, zlib.error) as error:
@@ -280,7 +277,7 @@ def read_rows(path, min_label, max_label):
     if not rows:
         raise UserError(f"{path}: no rows. {ADVICE}")
     say("----- Label Distribution -----")
-    for label, count in sorted(Counter(round(label, 2) + 0.0 for *_, label in rows).most_common(20)):
+    for label, count in sorted(Counter(round(row[2], 2) + 0.0 for row in rows).most_common(20)):
         say(f"Label {label:.2f}: {count} ({count / len(rows):.2%})")
     return rows, digest.hexdigest()
 
@@ -293,14 +290,14 @@ def load_data(args):
     if eval_path == "auto" and is_one and sibling != Path(paths[0]) and sibling.is_file():
         eval_path = str(sibling)
     eval_paths = [] if eval_path in ("auto", None) else [eval_path]
+    paths = paths if args["epochs"] or not eval_paths else []
     files = {path: read_rows(path, args["min_label"], args["max_label"]) for path in [*paths, *eval_paths]}
     train_rows, eval_rows = ([row for path in each for row in files[path][0]] for each in (paths, eval_paths))
     if eval_path == "auto":
         queries = list(dict.fromkeys(query for query, *_ in train_rows))
         count = min(math.ceil(len(queries) * args["eval_proportion"]), len(queries) - 1)
         held_out = set(random.Random(args["seed"]).sample(queries, count))
-        eval_rows = [row for row in train_rows if row[0] in held_out]
-        train_rows = [row for row in train_rows if row[0] not in held_out]
+        train_rows, eval_rows = ([row for row in train_rows if (row[0] in held_out) == side] for side in (False, True))
     source = "held out of the train data" if eval_path == "auto" else f"of {eval_path}"
     say(f"Evaluating on {len({query for query, *_ in eval_rows})} queries ({len(eval_rows)} rows) {source}."
         if eval_rows else "No evaluation: nothing will be claimed about the ranking.")
@@ -309,8 +306,8 @@ def load_data(args):
 
 def check_rows(train_rows, eval_rows, middle):
     """Warn, with counts, of what is allowed in data but seldom meant; labels from `middle` on are relevant."""
-    distinct, total = set(train_rows), len(train_rows)
-    relevant = sum(label >= middle for *_, label in train_rows)
+    distinct, total = {row[:3] for row in train_rows}, len(train_rows)
+    relevant = sum(row[2] >= middle for row in train_rows)
     for count, what in [
         (total - len(distinct), "train rows are exact duplicates of others"),
         (sum(n > 1 for n in Counter(row[:2] for row in distinct).values()), "train pairs have contradicting labels"),
@@ -323,12 +320,16 @@ def check_rows(train_rows, eval_rows, middle):
 
 
 class RerankDataset:
-    """N rows tokenised once: `encoded` pairs, their `lengths` [N] in tokens, and `labels` [N] scaled to [0, 1]."""
+    """N rows tokenised once: `encoded` pairs, `lengths` [N] in tokens, `labels` [N] in [0, 1], each query's `lists`."""
 
     def __init__(self, rows, name, model, args):
-        self.queries, self.encoded, cut, query_cut = [query for query, *_ in rows], [], 0, 0
+        self.rows, self.encoded, cut, query_cut = rows, [], 0, 0
         scale = args["max_label"] - args["min_label"]
-        self.labels = torch.tensor([(label - args["min_label"]) / scale for *_, label in rows])
+        self.labels = torch.tensor([(row[2] - args["min_label"]) / scale for row in rows])
+        lists = {row[0]: [] for row in rows}
+        for index, row in enumerate(rows):
+            lists[row[0]].append(index)
+        self.lists = list(map(np.array, lists.values()))
         for start in tqdm(range(0, len(rows), 1000), f"Tokenizing {name} data", disable=not (IS_MAIN_PROCESS and rows)):
             chunk = model.encode([row[:2] for row in rows[start : start + 1000]], args["max_len"])
             self.encoded += chunk[0]
@@ -389,43 +390,190 @@ def epoch_windows(lengths, samples_per_step, generator, num_processes=1, process
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
+def tie_groups(scores):
+    """Group [N] of each score, 0 for the best, and the sizes of the groups [G]. Scores that differ by rounding only are
+    ties: metrics give them what random order gives on average (McSherry and Najork 2008)."""
+    tolerance, order = 1e-6 * max(10.0, np.abs(scores).max()), np.argsort(-scores)
+    falling, group = scores[order], np.empty(len(scores), dtype=np.int64)
+    starts = np.append(True, falling[:-1] - falling[1:] > tolerance)
+    below = falling[starts][np.cumsum(starts) - 1] - falling  # how far below its group's best score each stands:
+    starts |= np.diff(np.floor(below / (10 * tolerance)), prepend=0) != 0  # dense scores are no endless tie
+    group[order] = np.cumsum(starts) - 1
+    return group, np.bincount(group)
+
+
 def ndcg_at_k(labels, scores, k=10):
-    """NDCG@k of one query, linear gain as in trec_eval. Scores that differ by rounding only are ties, and ties get
-    what random order gives on average: each of them the mean discount of their places."""
+    """NDCG@k of one query, linear gain as in trec_eval; labels [N] in [0, 1], not all 0."""
     discounts = (np.arange(len(labels)) < k) / np.log2(np.arange(2, len(labels) + 2))
-    _, group, sizes = np.unique(-np.round(scores, 5), return_inverse=True, return_counts=True)  # 0: the best scores
+    group, sizes = tie_groups(scores)
     mean_discounts = np.bincount(np.sort(group), discounts) / sizes
     return (labels * mean_discounts[group]).sum() / (np.sort(labels)[::-1] * discounts).sum()
 
 
 def mrr_at_k(labels, scores, k=10):
-    """Reciprocal rank of the first label ≥ 0.5 of one query, 0 beyond k; ties as in ndcg_at_k."""
-    _, group = np.unique(-np.round(scores, 5), return_inverse=True)
+    """Reciprocal rank of the first label ≥ 0.5 of one query, 0 beyond k."""
+    group, sizes = tie_groups(scores)
     first = group[labels >= 0.5].min()
-    start, size, hits = (group < first).sum(), (group == first).sum(), (labels[group == first] >= 0.5).sum()
+    start, size, hits = sizes[:first].sum(), sizes[first], (labels[group == first] >= 0.5).sum()
     # In random order, the first of `hits` among `size` stands at `place` in comb(size - place, hits - 1) cases.
     return sum(math.comb(size - place, hits - 1) / math.comb(size, hits) / (start + place)
                for place in range(1, min(size - hits + 1, k - start) + 1))
 
 
-def ranking_metrics(queries, labels, scores):
-    """Mean NDCG@10 over queries with different labels, mean MRR@10 over those with relevant and irrelevant rows; None
-    over no query. `queries`: N texts, `labels` [N] in [0, 1], `scores` [N]."""
-    rows_of = {}
-    for row, query in enumerate(queries):
-        rows_of.setdefault(query, []).append(row)
-    groups = [(labels[rows], scores[rows]) for rows in rows_of.values()]
-    ndcg = [ndcg_at_k(label, score) for label, score in groups if label.min() < label.max()]
-    mrr = [mrr_at_k(label, score) for label, score in groups if label.min() < 0.5 <= label.max()]
-    return {"NDCG@10": float(np.mean(ndcg)) if ndcg else None, "MRR@10": float(np.mean(mrr)) if mrr else None,
-            "queries": len(ndcg), "queries_left_out": len(groups) - len(ndcg)}
+def average_precision(labels, scores):
+    """Mean precision at the rows with a label ≥ 0.5: of one query's rows, for MAP, or of all pairs. 0 without any."""
+    group, sizes = tie_groups(scores)
+    hits, starts = np.bincount(group, labels >= 0.5), np.cumsum(sizes) - sizes
+    hits_before, group = np.cumsum(hits) - hits, np.sort(group)  # now the group of each place
+    others = np.arange(len(scores)) - starts[group]  # rows of the same group that stand before the place
+    found = hits_before[group] + 1 + others * (hits[group] - 1) / np.maximum(sizes[group] - 1, 1)
+    return (hits / sizes)[group] @ (found / np.arange(1, len(scores) + 1)) / max(hits.sum(), 1)
 
 
-def evaluate(accelerator, model, dataset, max_tokens):
-    """ranking_metrics of `model`; micro-batches go whole to the processes, so that their number changes no score."""
-    scores = model.score(dataset.encoded, max_tokens, accelerator.process_index, accelerator.num_processes,
-                         show_progress_bar=IS_MAIN_PROCESS and len(dataset.encoded) > 0)
-    return ranking_metrics(dataset.queries, dataset.labels.numpy(), accelerator.reduce(scores, "sum").cpu().numpy())
+def best_f1(labels, scores):
+    """Highest F1 of 'relevant from a threshold on' over all pairs, and that threshold, as a score."""
+    group, sizes = tie_groups(scores)
+    hits = np.cumsum(np.bincount(group, labels >= 0.5))
+    f1 = 2 * hits / (np.cumsum(sizes) + max(hits[-1], 1))
+    last_above = scores[group == f1.argmax()].min()
+    return f1.max(), (last_above + scores[group > f1.argmax()].max(initial=-np.inf)) / 2
+
+
+RANKING = {"ndcg@10": ndcg_at_k, "mrr@10": mrr_at_k, "map": average_precision, "hit@1": partial(mrr_at_k, k=1)}
+METRICS = (*RANKING, "average_precision", "best_f1")  # means over queries, then those over all pairs
+
+
+def lists_for(metric, lists, labels):
+    """The candidate lists (row numbers) that say something: for NDCG those with different labels, for other metrics of
+    a query those with relevant and irrelevant rows; for average precision, which is over pairs, all."""
+    if metric == "average_precision":
+        return lists if labels.min() < 0.5 <= labels.max() else []
+    spans = [(rows, labels[rows].min(), labels[rows].max()) for rows in lists]
+    return [rows for rows, low, high in spans if low < (high if metric == "ndcg@10" else 0.5) <= high]
+
+
+def metric_values(metric, lists, labels, scores):
+    """Values [V] whose mean is the metric: one of each list; of average precision over pairs, which is no mean, pseudo-
+    values of a jackknife that leaves out each of up to 50 groups of queries in turn (Tukey 1958)."""
+    if metric in RANKING:
+        return np.array([RANKING[metric](labels[rows], scores[rows]) for rows in lists])
+    groups = [np.concatenate(lists[first::50]) for first in range(min(50, len(lists)))]
+    parts = [np.concatenate(groups), *(np.concatenate(groups[:out] + groups[out + 1 :]) for out in range(len(groups)))]
+    whole, *rests = (average_precision(labels[rows], scores[rows]) for rows in parts)
+    return len(groups) * whole - (len(groups) - 1) * np.array(rests)
+
+
+def sigmoid(logits):
+    """Probabilities; in this form nothing overflows."""
+    return (1 + np.tanh(logits / 2)) / 2
+
+
+def measure(lists, labels, scores):
+    """All metrics, and the health of the probabilities: "spread", highest less lowest of a query, on average; share
+    "saturated", < 0.01 or > 0.99; means of "relevant" and "irrelevant" rows. None where no rows say anything."""
+    values = {metric: metric_values(metric, lists_for(metric, lists, labels), labels, scores) for metric in RANKING}
+    if lists_for("average_precision", lists, labels):
+        values |= {"average_precision": average_precision(labels, scores), "best_f1": best_f1(labels, scores)[0]}
+    probabilities = sigmoid(scores)
+    health = {"spread": [np.ptp(probabilities[rows]) for rows in lists if len(rows) > 1] or np.ptp(probabilities),
+              "saturated": np.abs(probabilities - 0.5) > 0.49,
+              "relevant": probabilities[labels >= 0.5], "irrelevant": probabilities[labels < 0.5]}
+    means = {key: float(np.mean(each)) if np.size(each) else None for key, each in {**values, **health}.items()}
+    return {key: means.get(key) for key in METRICS}, {key: means[key] for key in health}
+
+
+def evaluate(accelerator, model, dataset, args, step=0, epoch=0, base_interpolation=0.0):
+    """Score `dataset`, say and log what came out, warn where it looks ill. Returns a candidate: {"step", "epoch",
+    "base_interpolation", "scores": logits [N], "metrics", "quality"}; quality is -inf where something is not finite."""
+    logits = model.score(dataset.encoded, args["batch_size"] * args["max_len"], IS_MAIN_PROCESS, accelerator)
+    scores = logits.cpu().double().numpy()
+    name = f"Step {step}, epoch {epoch}" if step else args["model_name_or_path"]
+    name += f", mixed with {base_interpolation:.0%} of the base" if base_interpolation else ""
+    metrics, quality, ill = dict.fromkeys(METRICS), -math.inf, "weights or scores are not finite"
+    if np.isfinite(scores).all() and all(weight.isfinite().all() for weight in model.parameters()):
+        metrics, health = measure(dataset.lists, dataset.labels.numpy(), scores)
+        quality = round(metrics[dataset.metric], 9)  # so that rounding decides nothing
+        numbers = {key: value for key, value in {**metrics, **health}.items() if value is not None}
+        say(f"{name}: " + ", ".join(f"{key} {numbers[key]:.4f}" for key in (dataset.metric, *health) if key in numbers))
+        if not base_interpolation:
+            accelerator.log({f"eval/{key}": value for key, value in numbers.items()}, step=step)
+        ill = ("the scores of a query's rows are nearly alike" if health["spread"] < 0.01 else
+               "irrelevant rows score higher" * (numbers.get("irrelevant", 0) > numbers.get("relevant", 1)))
+    if ill and (step or not model.new_weights):
+        say(f"!!! WARNING !!! {name}: {ill}. Likely causes: labels swapped or constant, wrong min_label or max_label"
+            + f", lr {args['lr']} too high" * (step > 0))
+    return {"step": step, "epoch": epoch, "base_interpolation": base_interpolation, "scores": scores,
+            "metrics": metrics, "quality": quality}
+
+
+def host_copy(model):
+    """A copy of the weights in host memory."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+
+
+def set_weights(model, fine_tuned, base, base_interpolation):
+    """Put (1 − w) · fine-tuned + w · base weights into `model`, one tensor after the other (WiSE-FT, Wortsman et al.
+    2022; LM-Cocktail, Xiao et al. 2024). 0 and 1 give exactly the one and the other."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            mixes = tensor.is_floating_point()  # some models keep integer position ids
+            tensor.copy_(torch.lerp(fine_tuned[name], base[name], base_interpolation) if mixes else base[name])
+
+
+def cross_fit(base, candidates, metric, lists, labels, seed):
+    """Differences [V] of the metric between best candidate and base: chosen on one half of the queries, measured on the
+    other, and the reverse, since the queries that chose it flatter it. None [0] for fewer than four queries."""
+    if len(lists) < 4:
+        return np.array([])
+    order = np.random.default_rng(seed).permutation(len(lists))
+    halves = [[lists[index] for index in order[first::2]] for first in (0, 1)]
+    before, *values = ([metric_values(metric, half, labels, candidate["scores"]) for half in halves]
+                       for candidate in (base, *candidates))
+    best = [max(values, key=lambda of_halves, half=half: round(of_halves[half].mean(), 9)) for half in (0, 1)]
+    return np.concatenate([best[1 - half][half] - before[half] for half in (0, 1)])
+
+
+def confidence_interval(differences, seed):
+    """95 % interval [low, high] of the mean of differences [V]: the symmetric bootstrap-t (Hall 1988), which holds its
+    coverage best (benchmarks/coverage.py); None where fewer than six differ from 0, since then no interval holds it."""
+    count, differing = len(differences), differences[np.abs(differences) > 1e-9]
+    if len(differing) < 6:
+        return None
+    mean, error, quantile = differences.mean(), differences.std(ddof=1) / math.sqrt(count), 1.96
+    if len(differing) <= 1000:  # beyond, the bootstrap finds 1.96 as well; all zeros are drawn as one value
+        shares = np.append(np.full(len(differing), 1 / count), 1 - len(differing) / count)
+        weights = np.random.default_rng(seed).multinomial(count, shares, 1999) / count  # [resamples, values]
+        centred = np.append(differing, 0) - mean
+        shifts = weights @ centred
+        variances = np.maximum(weights @ centred**2 - shifts**2, 1e-12 * error**2 + 1e-30)
+        quantile = np.sort(np.abs(shifts) / np.sqrt(variances / (count - 1)))[1899]
+    return [float(mean - quantile * error), float(mean + quantile * error)]
+
+
+def judge(base, candidates, evaluations, dataset, args):
+    """The report that eval_report.json holds, the best fine-tuned candidate, and what goes into final_model: it, unless
+    20 or more queries rank it below the base; then the base."""
+    metric, labels = dataset.metric, dataset.labels.numpy()
+    lists = lists_for(metric, dataset.lists, labels)
+    is_enough = len(lists) >= 20 and (metric in RANKING or 20 <= (labels >= 0.5).sum() <= len(labels) - 20)
+    fine_tuned = max(candidates, key=lambda candidate: candidate["quality"])  # of equals the first: the less mixed
+    is_worse = is_enough and args["load_best_model_at_end"] and fine_tuned["quality"] < base["quality"]
+    after = base if is_worse else fine_tuned
+    differences = cross_fit(base, candidates, metric, lists, labels, args["seed"])
+    up, down = ((sign * differences > 1e-9).sum().item() if metric in RANKING else None for sign in (1, -1))
+    interval = confidence_interval(differences, args["seed"]) if is_enough else None
+    low, high = interval or (None, None)
+    report = {
+        "dataset": dataset.rows[0][3], "queries": len(lists), "queries_left_out": len(dataset.lists) - len(lists),
+        "metric": metric, "before": base["metrics"], "after": after["metrics"], "fine_tuned": fine_tuned["metrics"],
+        "delta": {"mean": float(differences.mean()) if len(differences) else None, "ci95": interval,
+                  "queries_up": up, "queries_down": down},
+        "verdict": "too few" if not interval else "better" if low > 0 else "worse" if high < 0 else "unclear",
+        "threshold": float(sigmoid(best_f1(labels, after["scores"])[1])),
+        "history": [{"step": each["step"], "epoch": each["epoch"], **each["metrics"]} for each in (base, *evaluations)],
+        "chosen": "base" if after is base else {key: after[key] for key in ("step", "base_interpolation")},
+    }
+    return report, fine_tuned, after
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -436,109 +584,191 @@ def learning_rate(step, total_steps, peak, warmup_proportion):
     return peak * (step / warmup if step <= warmup else (1 + math.cos(math.pi * decayed)) / 2)
 
 
-def start_accelerator(args, run_dir):
-    """The Accelerator for the hardware at hand, with its log under `run_dir`."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # so that train() can be called again, as in a notebook
-    cpu = not torch.accelerator.is_available()  # unless told, accelerate overlooks the other CPU processes
-    state, gpus = PartialState(cpu=cpu), torch.cuda.device_count()
-    if gpus > state.num_processes == 1:
-        say(f"Using 1 GPU of {gpus}; all: accelerate launch --num_processes {gpus} {subprocess.list2cmdline(sys.argv)}")
-    logs, config = run_dir / "logs", args if args["log_with"] == "wandb" else None  # TensorBoard takes no list
-    accelerator = Accelerator(cpu=cpu, mixed_precision=supported_precision(args["mixed_precision"], state.device),
-                              log_with=args["log_with"], project_dir=logs)
-    accelerator.init_trackers("train_bert_rerank", config, {"wandb": {"dir": str(logs)}})
-    return accelerator
+def fit_bias(accelerator, model, dataset, max_tokens):
+    """Where the logits of up to 256 training rows stand more than 2 off the labels as a whole, as after a listwise
+    loss, shift the head's bias: no ranking changes, but the first steps would spend their gradient on that offset."""
+    stride = math.ceil(len(dataset.rows) / 256)
+    logits = model.score(dataset.encoded[::stride], max_tokens, accelerator=accelerator).cpu().double()
+    low, high, target = -100.0, 100.0, dataset.labels[::stride].mean().clamp(0.01, 0.99).item()
+    while high - low > 1e-6:  # bisection: the mean probability is to be the mean label
+        middle = (low + high) / 2
+        low, high = (middle, high) if (logits + middle).sigmoid().mean() < target else (low, middle)
+    if abs(low) > 2:
+        say(f"The logits stand {-low:+.1f} off the labels: the head's bias is shifted by {low:+.1f} before training.")
+        heads = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer.out_features == 1]
+        heads[-1].bias.data += low
 
 
-def run_steps(accelerator, model, optimizer, dataset, args):
-    """The training loop: a step takes the mean BCE over exactly the samples of its window, over all processes.
-    Returns [{"step", "epoch", "loss", "lr", "grad_norm"}], one for each optimizer step."""
+def run_steps(accelerator, model, optimizer, dataset, row_sums, samples_per_step, total_steps, args):
+    """The training loop: a step takes the mean BCE over exactly the samples of its window, over all processes. Yields
+    (step, epoch, loss, learning rate) and pairs per second so far after each optimizer step. Adds to `row_sums` [N, 2]
+    what training sees anyway: each row's probability, and 1."""
     processes, collate = accelerator.num_processes, accelerator.unwrap_model(model).collate
-    samples_per_step = args["batch_size"] * args["gradient_accumulation_steps"] * processes
-    total_steps = args["epochs"] * math.ceil(len(dataset.lengths) / samples_per_step)
-    history, seen, started, order = [], 0, time.perf_counter(), torch.Generator().manual_seed(args["seed"])
-    bar = tqdm(desc="Training", total=total_steps, disable=not IS_MAIN_PROCESS)
-    model.train()
-    for epoch in range(1, args["epochs"] + 1):
-        for window_size, micro_batches in epoch_windows(
-            dataset.lengths, samples_per_step, order, processes, accelerator.process_index,
-            max_tokens=args["batch_size"] * args["max_len"], batch_cost=MICRO_BATCH_COST[accelerator.device.type],
-        ):
-            # DDP needs a backward of every process: one without a sample of the window takes a row that weighs nothing.
-            weights = [len(indices) / window_size for indices in micro_batches] or [0.0]
-            window_loss = torch.zeros((), device=accelerator.device)
-            for number, indices in enumerate(micro_batches or [np.array([0])], start=1):
-                # Gradients are exchanged once a window, with the last micro-batch; DDP takes their mean over processes.
-                with contextlib.nullcontext() if number == len(weights) else accelerator.no_sync(model):
-                    batch = collate([dataset.encoded[index] for index in indices])
-                    loss = model(batch, dataset.labels[indices])["loss"] * weights[number - 1]
-                    accelerator.backward(loss * processes)
-                window_loss += loss.detach()
-            step = len(history) + 1
-            lr = learning_rate(step, total_steps, args["lr"], args["warmup_proportion"])
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args["max_grad_norm"] or math.inf).item()
-            optimizer.step()
-            optimizer.zero_grad()
-            loss = accelerator.reduce(window_loss, "sum").item()
-            if not math.isfinite(loss):
-                raise UserError(f"the loss of step {step} is {loss}: lower lr {args['lr']}, or mixed_precision no")
-            accelerator.log({"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}, step=step)
-            history.append({"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": grad_norm})
-            seen += window_size
-            speed = seen / (time.perf_counter() - started)
-            bar.set_postfix_str(f"epoch {epoch}/{args['epochs']}, loss {loss:.4f}, lr {lr:.2e}, {speed:.1f} pairs/s")
+    seen, seconds, order = 0, 0.0, torch.Generator().manual_seed(args["seed"])
+    windows = ((epoch, *window) for epoch in range(1, args["epochs"] + 1) for window in epoch_windows(
+        dataset.lengths, samples_per_step, order, processes, accelerator.process_index,
+        max_tokens=args["batch_size"] * args["max_len"], batch_cost=MICRO_BATCH_COST[accelerator.device.type]))
+    for step, (epoch, window_size, micro_batches) in enumerate(windows, start=1):
+        started = time.perf_counter()
+        model.train()
+        # DDP needs a backward of every process: one without a sample of the window takes a row that weighs nothing.
+        weights = [len(indices) / window_size for indices in micro_batches] or [0.0]
+        window_loss = torch.zeros((), device=accelerator.device)
+        for number, indices in enumerate(micro_batches or [np.array([0])], start=1):
+            # Gradients are exchanged once a window, with the last micro-batch; DDP takes their mean over processes.
+            model.require_backward_grad_sync = number == len(weights)
+            output = model(collate([dataset.encoded[index] for index in indices]), dataset.labels[indices])
+            loss = output["loss"] * weights[number - 1]
+            accelerator.backward(loss * processes)
+            window_loss += loss.detach()
+            if micro_batches:
+                row_sums[indices] += torch.nn.functional.pad(output["logits"].detach().sigmoid(), (0, 1), value=1)
+        lr = learning_rate(step, total_steps, args["lr"], args["warmup_proportion"])
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), args["max_grad_norm"] or math.inf).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = accelerator.reduce(window_loss, "sum").item()
+        if not math.isfinite(loss):
+            raise UserError(f"the loss of step {step} is {loss}: lower lr {args['lr']}, or mixed_precision no")
+        accelerator.log({"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}, step=step)
+        seen, seconds = seen + window_size, seconds + time.perf_counter() - started
+        yield (step, epoch, loss, lr), seen / seconds
+
+
+def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, args):
+    """Train; evaluate at each epoch's end or every `eval_steps`, then mixtures of the best weights with the base's.
+    Returns (step, epoch, loss, learning rate) of each step, row_sums, all evaluations, the candidates for final_model,
+    and (best weights, base weights) in host memory, None where the last weights are kept."""
+    model = accelerator.unwrap_model(wrapped)
+    samples_per_step = args["batch_size"] * args["gradient_accumulation_steps"] * accelerator.num_processes
+    steps_per_epoch = math.ceil(len(train_data.rows) / samples_per_step)
+    total_steps, due = args["epochs"] * steps_per_epoch, args["eval_steps"] or steps_per_epoch
+    base_weights = host_copy(model) if eval_data and args["load_best_model_at_end"] else None
+    fit_bias(accelerator, model, train_data, args["batch_size"] * args["max_len"])
+    history, evaluations, best, best_weights = [], [], 0, None  # evaluations[best] is the best
+    row_sums = torch.zeros(len(train_data.rows), 2, device=accelerator.device)
+    steps = run_steps(accelerator, wrapped, optimizer, train_data, row_sums, samples_per_step, total_steps, args)
+    with tqdm(desc="Training", total=total_steps, disable=not IS_MAIN_PROCESS) as bar:
+        for (step, epoch, loss, lr), speed in steps:
+            history.append((step, epoch, loss, lr))
+            if eval_data and (step % due == 0 or step == total_steps):
+                evaluations.append(evaluate(accelerator, model, eval_data, args, step, epoch))
+                best = int(np.argmax([each["quality"] for each in evaluations]))  # of equals the first
+                if base_weights and best == len(evaluations) - 1:
+                    best_weights = None  # the former go before the new ones come
+                    best_weights = host_copy(model)
+            newest = f", {eval_data.metric} {evaluations[-1]['quality']:.4f}" if evaluations else ""
+            bar.set_postfix_str(f"epoch {epoch}/{args['epochs']}, loss {loss:.4f}, lr {lr:.2e}, "
+                                f"{speed:.1f} pairs/s{newest}")
             bar.update()
-    bar.close()
-    return history
+            if len(evaluations) - 1 - best >= (args["early_stopping_patience"] or math.inf):
+                bar.total = step  # nothing is left to do
+                break
+    candidates = evaluations if base_weights else evaluations[-1:]
+    for mix in args["base_interpolation"] if base_weights and not model.new_weights else ():
+        set_weights(model, best_weights, base_weights, mix)
+        step, epoch = evaluations[best]["step"], evaluations[best]["epoch"]
+        candidates = [*candidates, evaluate(accelerator, model, eval_data, args, step, epoch, mix)]
+    candidates = [candidate for candidate in candidates if candidate["quality"] > -math.inf]
+    if eval_data and not candidates:
+        raise UserError(f"training left no finite weights: lower lr {args['lr']}, or mixed_precision no")
+    return history, row_sums, evaluations, candidates, base_weights and (best_weights, base_weights)
 
 
-def draw_loss_curve(history, path):
-    """Draw the loss of each step, its moving mean, the learning rate and the ends of epochs."""
+def draw_loss_curve(history, report, path):
+    """Draw the loss of each step, its moving mean, the learning rate and the ends of epochs; below, the metric at each
+    evaluation, the base model at step 0, and what stands in final_model."""
     from matplotlib.figure import Figure
-    steps, losses, rates = (np.array([point[key] for point in history]) for key in ("step", "loss", "lr"))
+    steps, epochs, losses, rates = np.transpose(history)
     half = math.ceil(len(steps) / 40)
     smooth = [losses[max(0, index - half) : index + half + 1].mean() for index in range(len(losses))]
-    ends = np.flatnonzero(np.diff([point["epoch"] for point in history])) + 1.5
-    axes = Figure(figsize=(9, 4.5), dpi=120, layout="constrained").subplots()
+    ends = np.flatnonzero(np.diff(epochs)) + 1.5
+    figure = Figure(figsize=(9, 7.5 if report else 4.5), dpi=120, layout="constrained")
+    axes, *below = figure.subplots(2 if report else 1, sharex=True, squeeze=False)[:, 0]
     axes.vlines(ends, 0, 1, transform=axes.get_xaxis_transform(), color="0.8", linestyle=":", label="end of an epoch")
     axes.plot(steps, losses, color="tab:blue", alpha=0.35, label="loss of a step")
     axes.plot(steps, smooth, color="tab:blue", linewidth=2.5, label=f"mean of {2 * half + 1} steps")
-    axes.set(xlabel="optimizer step", ylabel="training loss (BCE)", ylim=(0, None))
+    axes.set(ylabel="training loss (BCE)", ylim=(0, None))
     right = axes.twinx()
     right.plot(steps, rates, color="tab:orange", label="learning rate")
     right.set(ylabel="learning rate", ylim=(0, None))
-    axes.figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    axes.figure.savefig(path)
+    for panel in below:
+        points, metric, chosen = report["history"], report["metric"], report["chosen"]
+        kept_step = 0 if chosen == "base" else chosen["step"]
+        panel.plot([p["step"] for p in points], [p[metric] for p in points], "go-", label="evaluation")
+        panel.plot(kept_step, report["after"][metric], "r*", markersize=16, label="final_model")
+        panel.set(ylabel=metric)
+    (below or [axes])[0].set_xlabel("optimizer step (0: base model)")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(path)
 
 
-def describe_machine(accelerator):
-    """What run.json says of versions, hardware and memory."""
-    is_cuda = accelerator.device.type == "cuda"
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--verify", "HEAD"]
-    rss = importlib.import_module("resource").getrusage(0).ru_maxrss * 1024 if sys.platform == "linux" else None
-    packages = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
-    return {
-        "processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if is_cuda else rss,
-        "hardware": f"{platform.platform()}, {torch.cuda.get_device_name() if is_cuda else accelerator.device}",
-        "python": platform.python_version(), "versions": {each: importlib.metadata.version(each) for each in packages},
-        "git_revision": shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-    }
+def write_evaluation(folder, dataset, report, scores):
+    """Write eval_report.json, predictions.jsonl, score_distribution.png; `scores`: {title: logits [N]}, base first."""
+    from matplotlib.figure import Figure
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "eval_report.json").write_text(text, encoding="utf-8")
+    columns = [sigmoid(logits) for logits in scores.values()]  # probabilities
+    with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
+        for row, before, after in zip(dataset.rows, columns[0].tolist(), columns[-1].tolist(), strict=True):
+            row = dict(zip(("query", "content", "label"), row, strict=False), score_before=before, score_after=after)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
+    sides = [np.flatnonzero(dataset.labels < 0.5), np.flatnonzero(dataset.labels >= 0.5)]
+    panels = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
+    for axes, title, column in zip(panels, scores, columns, strict=True):
+        axes.hist([column[rows] for rows in sides], np.linspace(0, 1, 21), color=["tab:orange", "tab:blue"],
+                  weights=[np.full(len(rows), 100 / max(len(rows), 1)) for rows in sides],
+                  label=[f"{len(sides[0])} irrelevant rows", f"{len(sides[1])} relevant rows"])
+        axes.set(title=title, xlabel="probability of being relevant, by the model", ylabel="share of these rows, %")
+        axes.legend()
+    figure.savefig(folder / "score_distribution.png")
 
 
-def train(args):
-    """Fine-tune as `args` says (keys left out take their values in main()); returns what run.json holds."""
-    args = check_settings(args)
-    say(f"Training Args: {args}")
-    name, max_len, output_dir = args["model_name_or_path"], args["max_len"], Path(args["output_dir"])
-    run_dir = output_dir / "unfinished_run"  # what is in it moves up into output_dir once all of it is complete
-    stray = not (output_dir / "run.json").exists() and any((output_dir / n).exists() for n in ("final_model", "logs"))
-    if stray or output_dir.is_file() or (run_dir / "run.json").exists():
-        raise UserError(f"{output_dir} is a file, or holds a model, logs or a run to keep: take another output_dir", 2)
-    seed_everything(args["seed"])
-    clock = [time.perf_counter()]
+def write_rows_to_check(path, dataset, row_sums):
+    """The training rows whose label the model contradicted on average over the epochs, worst first: mean probability of
+    the label less that of the other (AUM, Pleiss et al. 2020; Dataset Cartography, Swayamdipta et al. 2020)."""
+    means = row_sums[:, 0].cpu().numpy() / np.maximum(row_sums[:, 1].cpu().numpy(), 1)
+    margins = (2 * dataset.labels.numpy() - 1) * (2 * means - 1)
+    with open(path, "w", encoding="utf-8") as file:
+        for index in np.argsort(margins, kind="stable")[: (margins < 0).sum()]:
+            row = dict(zip(("query", "content", "label", "file", "line"), dataset.rows[index], strict=True))
+            file.write(json.dumps({**row, "mean_probability": float(means[index])}, ensure_ascii=False) + "\n")
+
+
+def say_verdict(report, args):
+    """Print all metrics, then whether final_model holds the base, and last the verdict and what to try next."""
+    before, after, delta = report["before"], report["fine_tuned"], report["delta"]
+    for key in [key for key in METRICS if before[key] is not None]:
+        change = f" → {after[key]:.4f}, {after[key] - before[key]:+.4f}" if args["epochs"] else ""
+        say(f"{key:17}  {before[key]:.4f}{change}")
+    if not args["epochs"]:
+        return
+    if report["chosen"] == "base":
+        say(f"!!! FINE-TUNING DID NOT HELP !!! final_model holds {args['model_name_or_path']} with unchanged weights; "
+            "the fine-tuned ones, in fine_tuned_model, rank these queries worse.")
+    found = f"{report['queries']} queries"
+    if delta["queries_up"] is not None:
+        found += f" ({delta['queries_up']} up, {delta['queries_down']} down)"
+    if delta["ci95"]:
+        was, (low, high) = before[report["metric"]], delta["ci95"]
+        found = (f"{report['metric'].upper()} {was:.3f} → {was + delta['mean']:.3f}, {delta['mean']:+.3f}, "
+                 f"95 % interval [{low:+.3f}, {high:+.3f}] over {found}")
+    verdict, advice = {
+        "better": ("better", "evaluate final_model once more, with --epochs 0, on a file that was never looked at"),
+        "unclear": ("no clear difference", "more evaluation queries; more, harder training rows; other lr, epochs"),
+        "worse": ("WORSE", f"look for wrong labels; then a lower lr than {args['lr']} or fewer epochs"),
+        "too few": ("too few queries to tell", "evaluate on more queries that can change: 20 or more, better 100"),
+    }[report["verdict"]]
+    say(f"Verdict: {verdict}. {found}.\nNext: {advice}.")
+
+
+def prepare(args, run_dir):
+    """What comes before the first evaluation: the accelerator, the model wrapped for it, the optimizer, the train data,
+    the eval data (None: nothing can be measured), and what run.json says of data, base model, versions and hardware."""
+    name, max_len = args["model_name_or_path"], args["max_len"]
     train_rows, eval_rows, data_sha256 = load_data(args)
     check_rows(train_rows, eval_rows, (args["min_label"] + args["max_label"]) / 2)
     model = BertRerankerModel.from_pretrained(name, args["revision"], args["trust_remote_code"])
@@ -547,54 +777,112 @@ def train(args):
     if max_len > model.max_len:
         raise UserError(f"max_len {max_len}: {name} takes {model.max_len} (positions, model_max_length)", exit_status=2)
     model.tokenizer.model_max_length = max_len
-    model.model.config.update({key: args[key] for key in ("query_format", "document_format")})
+    for key in ("query_format", "document_format"):  # "{}" leaves a model what it was saved with
+        model.model.config.update({key: args[key]} if args[key] != "{}" or not hasattr(model.model.config, key) else {})
     base_sha256 = hashlib.sha256()
     for weight in model.state_dict().values():
         base_sha256.update(weight.numpy())
     train_data, eval_data = (RerankDataset(*part, model, args) for part in ((train_rows, "train"), (eval_rows, "eval")))
+    wanted = args["metric_for_best_model"].replace("auto", "ndcg@10 average_precision").split()
+    possible = (m for m in wanted if eval_rows and lists_for(m, eval_data.lists, eval_data.labels.numpy()))
+    eval_data.metric = next(possible, None)
+    if not eval_data.metric and (eval_rows or not args["epochs"]):
+        message = f"there are no eval rows with labels to measure {' or '.join(wanted)} by"
+        if args["eval_dataset"] != "auto" or not args["epochs"]:
+            raise UserError(f"{message}: give others, or --eval_dataset None to train without", exit_status=2)
+        say(f"Warning: {message}: no evaluation, and nothing will be claimed about the ranking.")
     if IS_MAIN_PROCESS:
         shutil.rmtree(run_dir, ignore_errors=True)
-        (run_dir / "logs").mkdir(parents=True)
-    accelerator = start_accelerator(args, run_dir)
+        (run_dir / "logs" if args["epochs"] else run_dir).mkdir(parents=True)
+    AcceleratorState._reset_state(reset_partial_state=True)  # so that train() can be called again, as in a notebook
+    cpu = not torch.accelerator.is_available()  # unless told, accelerate overlooks the other CPU processes
+    state, gpus = PartialState(cpu=cpu), torch.cuda.device_count()
+    if gpus > state.num_processes == 1:
+        say(f"Using 1 GPU of {gpus}; all: accelerate launch --num_processes {gpus} {subprocess.list2cmdline(sys.argv)}")
+    accelerator = Accelerator(cpu=cpu, mixed_precision=supported_precision(args["mixed_precision"], state.device),
+                              log_with=args["log_with"] if args["epochs"] else None, project_dir=run_dir / "logs")
+    accelerator.init_trackers("train_bert_rerank", args if args["log_with"] == "wandb" else None,  # no lists
+                              {"wandb": {"dir": str(run_dir / "logs")}})
     groups = [{"params": [weight for weight in model.parameters() if (weight.ndim > 1) == decay],
                "weight_decay": decay * args["weight_decay"]} for decay in (True, False)]  # biases, LayerNorm: False
     wrapped, optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, args["lr"], (0.9, 0.999), 1e-8))
-    say(f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} M parameters, device {accelerator.device}, "
-        f"precision {accelerator.mixed_precision.replace('no', 'fp32')}, processes: {accelerator.num_processes}")
-    before = evaluate(accelerator, model, eval_data, args["batch_size"] * max_len)
+    device, precision, processes = accelerator.device, accelerator.mixed_precision, accelerator.num_processes
+    say(f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} M parameters, device {device}, "
+        f"precision {precision.replace('no', 'fp32')}, processes: {processes}")
+    cached = not Path(name).is_dir() and try_to_load_from_cache(name, "config.json", revision=args["revision"])
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--verify", "HEAD"]
+    return accelerator, wrapped, optimizer, train_data, eval_data if eval_data.metric else None, {
+        "data_sha256": data_sha256, "base_sha256": base_sha256.hexdigest(),
+        "base_revision": Path(cached).parent.name if cached else None, "processes": processes, "precision": precision,
+        "hardware": f"{platform.platform()}, {torch.cuda.get_device_name() if device.type == 'cuda' else device}",
+        "python": platform.python_version(), "versions": {each: importlib.metadata.version(each) for each in PACKAGES},
+        "git_revision": shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+    }
+
+
+def train(args):
+    """Fine-tune as `args` says (keys left out take their values in main()), or with 0 epochs evaluate alone. Returns
+    what run.json holds and, as "report", what eval_report.json holds (None without evaluation)."""
+    args = check_settings(args)
+    say(f"Training Args: {args}")
+    output_dir = Path(args["output_dir"])
+    run_dir = output_dir / ("unfinished_run" if args["epochs"] else "evaluation")
+    stray = not (output_dir / "run.json").exists() and any((output_dir / name).exists() for name in RESULTS)
+    if output_dir.is_file() or args["epochs"] and (stray or (run_dir / "run.json").exists()):
+        raise UserError(f"{output_dir} is a file, or holds a model, logs or a run to keep: take another output_dir", 2)
+    seed_everything(args["seed"])
+    clock = [time.perf_counter()]
+    accelerator, wrapped, optimizer, train_data, eval_data, facts = prepare(args, run_dir)
+    model = accelerator.unwrap_model(wrapped)
+    base = eval_data and evaluate(accelerator, model, eval_data, args)
+    if base and base["quality"] == -math.inf:
+        raise UserError(f"{args['model_name_or_path']} as it is gives no finite scores; try mixed_precision no")
+    if not args["epochs"]:
+        report, *_ = judge(base, [base], [], eval_data, args)
+        if IS_MAIN_PROCESS:
+            write_evaluation(run_dir, eval_data, report, {args["model_name_or_path"]: base["scores"]})
+        say_verdict(report, args)
+        return {"report": report}
     torch.manual_seed(args["seed"] + accelerator.process_index)  # each process drops out on its own
     clock.append(time.perf_counter())
     say(f"Start training for {args['epochs']} epochs ...")
-    history = run_steps(accelerator, wrapped, optimizer, train_data, args)
+    history, row_sums, evaluations, candidates, weights = fine_tune(
+        accelerator, wrapped, optimizer, train_data, eval_data, args)
+    row_sums = accelerator.reduce(row_sums, "sum")
     clock.append(time.perf_counter())
     say("Training finished! Saving model ...")
+    report, best, after = judge(base, candidates, evaluations, eval_data, args) if eval_data else (None,) * 3
+    if weights:
+        set_weights(model, *weights, best["base_interpolation"])
     if IS_MAIN_PROCESS:
+        if after is base and base:
+            model.save_pretrained(run_dir / "fine_tuned_model")
+            set_weights(model, *weights, 1.0)
         model.save_pretrained(run_dir / "final_model")
-        draw_loss_curve(history, run_dir / "loss_curve.png")
+        draw_loss_curve(history, report, run_dir / "loss_curve.png")
+        write_rows_to_check(run_dir / "rows_to_check.jsonl", train_data, row_sums)
+        if report:
+            scores = {"before: base model": base["scores"], "after: final_model": after["scores"]}
+            write_evaluation(run_dir, eval_data, report, scores)
     say("Model saved successfully!")
-    after = evaluate(accelerator, model, eval_data, args["batch_size"] * max_len)
-    run = {
-        "args": args, "before": before, "after": after, "data_sha256": data_sha256,
-        "base_sha256": base_sha256.hexdigest(), "base_revision": None if Path(name).is_dir() else
-        Path(try_to_load_from_cache(name, "config.json", revision=args["revision"]) or "").parent.name,
-        "seconds": {"preparation": clock[1] - clock[0], "training": clock[2] - clock[1]},
-        **describe_machine(accelerator),
-    }
+    rss = importlib.import_module("resource").getrusage(0).ru_maxrss * 1024 if sys.platform == "linux" else None
+    memory = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else rss
+    run = {"args": args, **facts, "peak_memory_bytes": memory,
+           "seconds": {"preparation": clock[1] - clock[0], "training": clock[2] - clock[1]}}
     accelerator.end_training()
     if IS_MAIN_PROCESS:
         (run_dir / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False), encoding="utf-8")
-        for result in sorted(run_dir.iterdir(), key=lambda path: path.name == "run.json"):  # it last
-            target = output_dir / result.name
-            if os.path.lexists(target):
-                say(f"{target} replaces that of an earlier run.")
-                (shutil.rmtree if target.is_dir() and not target.is_symlink() else os.remove)(target)
-            result.rename(target)
+        for name in RESULTS:  # those of an earlier run stay until this one is complete
+            new, old = run_dir / name, output_dir / name
+            if os.path.lexists(old):
+                say(f"{old}, of an earlier run, is {'replaced' if new.exists() else 'removed'}.")
+                (shutil.rmtree if old.is_dir() and not old.is_symlink() else os.remove)(old)
+            if new.exists():
+                new.rename(old)
         run_dir.rmdir()
-    if eval_rows and before["NDCG@10"] is None:
-        say("No query of the evaluation has rows with different labels: nothing is claimed about the ranking.")
-    for key, was, now in [(key, before[key], after[key]) for key in ("NDCG@10", "MRR@10") if before[key] is not None]:
-        say(f"{key:10} before {was:.4f}   after {now:.4f}   change {now - was:+.4f}")
-    return run
+    if report:
+        say_verdict(report, args)
+    return {**run, "report": report}
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
@@ -607,7 +895,7 @@ def read_settings():
         rest = source.splitlines()[value.end_lineno - 1].encode()[value.end_col_offset :].decode()
         kinds, _, meaning = rest.partition("#")[2].partition(":")
         default = eval(compile(ast.Expression(value), __file__, "eval"))  # an edited value may read 2 * 256
-        if not meaning or not kinds.strip().startswith(("str", "bool", "int", "float", '"')):
+        if not meaning or not kinds.strip().startswith(("str", "bool", "int", "float", "tuple", '"')):
             raise UserError(f"{key.value} in main() has lost its comment `# kinds: meaning`, which is read too", 2)
         settings[key.value] = (kinds.strip().split(" | "), meaning.strip(), default)
     return settings
@@ -620,8 +908,10 @@ def fits(value, kind):
     if name in ("int", "float"):
         is_number = type(value) is int or type(value) is float and name == "float"
         return is_number and float(low or -sys.float_info.max) <= value <= float(high or sys.float_info.max)
-    if name == "list":  # of paths
-        return type(value) is list and value != [] and all(type(path) is str for path in value)
+    if name in ("list", "tuple"):  # of paths, at least one; of numbers, in JSON a list as well
+        each = "str" if name == "list" else f"float {bounds}"
+        is_list = type(value).__name__ in ("list", name) and (len(value) > 0 or name == "tuple")
+        return is_list and all(fits(item, each) for item in value)
     return value == name.strip('"') if name.startswith('"') else type(value).__name__.removesuffix("Type") == name
 
 
@@ -677,13 +967,18 @@ def main():
         "max_label": 1,  # float: label in the data that means fully relevant
         "query_format": "{}",  # str: what is made of a query, also at inference, such as "query: {}"
         "document_format": "{}",  # str: the same of a document
-        "epochs": 3,  # int 1..: passes over the training rows
+        "epochs": 3,  # int 0..: passes over the training rows; 0: evaluate the model as it is, and no more
         "lr": 1e-5,  # float 0..: peak learning rate
         "batch_size": 2,  # int 1..: batch_size * max_len tokens are the bound of one forward pass, hence its memory
         "gradient_accumulation_steps": 8,  # int 1..: batch_size * this * processes are the samples of an optimizer step
         "warmup_proportion": 0.1,  # float 0..1: share of the steps in which the learning rate rises
         "weight_decay": 0.01,  # float 0..: of AdamW, not on biases and LayerNorm
         "max_grad_norm": 1.0,  # float 0..: gradients are clipped to this norm; 0: never
+        "eval_steps": None,  # int 1.. | None: evaluate every so many optimizer steps; None: at the end of each epoch
+        "metric_for_best_model": "auto",  # "auto" | "ndcg@10" | "mrr@10" | "map" | "average_precision": best is best in
+        "load_best_model_at_end": True,  # bool: keep the best weights, not the last; the base's where all rank below it
+        "early_stopping_patience": None,  # int 1.. | None: stop after so many evaluations without a better one
+        "base_interpolation": (0.25, 0.5, 0.75),  # tuple 0.01..0.99: shares of the base to mix into the best weights
         "seed": 42,  # int 0..4294967295: the same seed gives the same bits on the same machine
         "mixed_precision": "bf16",  # "bf16" | "fp16" | "no": of the computation; the weights stay fp32
         "log_with": "tensorboard",  # "tensorboard" | "wandb" | None: where train/loss, train/lr, train/grad_norm go

@@ -23,18 +23,26 @@ GOOD_ROW = ("q", "c", 1)
 
 @pytest.fixture
 def read(tmp_path):
-    """read(bytes) -> the rows of a file that holds them."""
+    """read(bytes) -> the (query, content, label) rows of a file that holds them."""
 
     def read(data, name="data.jsonl", min_label=0, max_label=1):
         (tmp_path / name).write_bytes(data)
-        return read_rows(str(tmp_path / name), min_label, max_label)[0]
+        return [row[:3] for row in read_rows(str(tmp_path / name), min_label, max_label)[0]]
 
     return read
 
 
+def test_each_row_knows_its_file_and_line(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(GOOD + b"\n\n" + b'{"query": "q", "pos": ["a", "b"], "neg": []}\n' + GOOD)
+    rows = read_rows(str(path), 0, 1)[0]
+    assert [row[3:] for row in rows] == [(str(path), 1), (str(path), 3), (str(path), 3), (str(path), 4)]
+
+
 def load(train_dataset, **settings):
-    """load_data's answer for these settings: train rows, eval rows, checksums."""
-    return load_data(check_settings({"train_dataset": train_dataset, **settings}))
+    """load_data's answer for these settings: (query, content, label) rows to train and to evaluate on, checksums."""
+    *rows, checksums = load_data(check_settings({"train_dataset": train_dataset, **settings}))
+    return *([row[:3] for row in part] for part in rows), checksums
 
 
 def line(**changes):
@@ -213,8 +221,8 @@ def test_any_bytes_give_rows_or_an_error_with_lines_that_exist(tmp_path, chunks)
         assert not any(chunks[number - 1] == GOOD for number in numbers)
     else:
         assert rows and len(rows) >= chunks.count(GOOD)
-        for query, content, label in rows:
-            assert query.strip() and content.strip() and 0 <= label <= 1
+        for query, content, label, _, number in rows:
+            assert query.strip() and content.strip() and 0 <= label <= 1 and chunks[number - 1].strip()
 
 
 # ---- What is read ----------------------------------------------------------------------------------------------------
@@ -437,5 +445,5 @@ def test_what_is_held_out_depends_on_the_seed_and_on_nothing_else(write_jsonl):
     )
     environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)}
     answer = subprocess.run([sys.executable, "-c", code, path], env=environment, stdout=subprocess.PIPE, check=True)
-    assert [tuple(row) for row in json.loads(answer.stdout.splitlines()[-1])] == held_out[42]
+    assert [tuple(row[:3]) for row in json.loads(answer.stdout.splitlines()[-1])] == held_out[42]
     assert load(path, seed=42)[1] == held_out[42]

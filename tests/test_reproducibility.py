@@ -1,6 +1,5 @@
 """The same seed gives the same bits; the hardware decides the precision, and the run says so."""
 
-import json
 import os
 from pathlib import Path
 
@@ -24,11 +23,12 @@ def test_two_runs_give_the_same_bits_whatever_the_hash_seed_and_another_seed_giv
                           "--output_dir", f"out{number}", "--epochs", 2, "--lr", "1e-3", "--seed", seed,
                           "--mixed_precision", "no", PYTHONHASHSEED=hash_seed)  # fmt: skip
         assert done.returncode == 0, done.stdout
-        run = json.loads((tmp_path / f"out{number}" / "run.json").read_text(encoding="utf-8"))
-        weights = (tmp_path / f"out{number}" / "final_model" / "model.safetensors").read_bytes()
-        results.append((weights, scalars_of(tmp_path / f"out{number}"), run["before"], run["after"]))
+        names = ("final_model/model.safetensors", "eval_report.json", "predictions.jsonl", "rows_to_check.jsonl",
+                 "loss_curve.png", "score_distribution.png")  # fmt: skip
+        files = [(tmp_path / f"out{number}" / name).read_bytes() for name in names]
+        results.append((files, scalars_of(tmp_path / f"out{number}")))
     assert results[0] == results[1]
-    assert results[0][0] != results[2][0] and results[0][1] != results[2][1]
+    assert results[0][0][0] != results[2][0][0] and results[0][1] != results[2][1]
 
 
 def test_seed_everything_seeds_all_generators_and_turns_determinism_on():

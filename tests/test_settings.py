@@ -32,6 +32,11 @@ DEFAULTS = {  # the table of the contract
     "warmup_proportion": 0.1,
     "weight_decay": 0.01,
     "max_grad_norm": 1.0,
+    "eval_steps": None,  # this and the next four came with evaluation
+    "metric_for_best_model": "auto",
+    "load_best_model_at_end": True,
+    "early_stopping_patience": None,
+    "base_interpolation": (0.25, 0.5, 0.75),
     "seed": 42,
     "mixed_precision": "bf16",
     "log_with": "tensorboard",
@@ -66,7 +71,7 @@ def test_names_values_and_types_of_the_defaults_are_those_of_the_contract():
 
 
 def test_each_setting_has_a_comment_with_its_kinds_and_its_meaning():
-    names = {"str", "list", "bool", "None", "int", "float"}
+    names = {"str", "list", "bool", "None", "int", "float", "tuple"}
     for key, (kinds, meaning, default) in SETTINGS.items():
         assert kinds and all(kind.split()[0] in names or kind[0] == kind[-1] == '"' for kind in kinds), key
         assert len(meaning) > 10, key
@@ -134,6 +139,12 @@ OVERRIDES = [
     ("mixed_precision", "fp16", "fp16"),
     ("log_with", "None", None),
     ("log_with", "wandb", "wandb"),
+    ("eval_steps", "50", 50),
+    ("metric_for_best_model", "mrr@10", "mrr@10"),
+    ("load_best_model_at_end", "false", False),
+    ("early_stopping_patience", "2", 2),
+    ("base_interpolation", "[0.25, 0.5]", [0.25, 0.5]),
+    ("base_interpolation", "[]", []),
 ]
 
 
@@ -196,7 +207,7 @@ def test_an_unknown_key_in_a_dict_is_refused_with_the_nearest_key():
 
 @pytest.mark.parametrize("arguments, said", [
     (["--epoch", "3"], "Error: unknown setting epoch; the nearest is epochs\n"),
-    (["--epochs", "three"], "Error: epochs should be int 1.., not 'three'\n"),
+    (["--epochs", "three"], "Error: epochs should be int 0.., not 'three'\n"),
     (["--lr"], "--lr: expected one argument"),
     (["--lr", "--epochs", "3"], "--lr: expected one argument"),
 ])  # fmt: skip
@@ -212,7 +223,7 @@ def test_exit_status_2_reaches_the_shell_without_a_traceback(run_script, tmp_pat
 
 
 WRONG_VALUES = [
-    ("epochs", "0"), ("epochs", "-1"), ("epochs", "1.5"), ("epochs", "2.0"), ("epochs", "true"), ("epochs", "None"),
+    ("epochs", "-1"), ("epochs", "1.5"), ("epochs", "2.0"), ("epochs", "true"), ("epochs", "None"),
     ("epochs", "[3]"), ("epochs", ""), ("lr", "-1e-5"), ("lr", "fast"), ("lr", "NaN"), ("lr", "Infinity"),
     ("lr", "1e999"), ("lr", "true"), ("lr", '"1e-5"'), ("batch_size", "0"), ("gradient_accumulation_steps", "0"),
     ("max_len", "7"), ("max_len", "512.0"), ("eval_proportion", "1.5"), ("eval_proportion", "-0.1"),
@@ -233,9 +244,11 @@ def test_a_wrong_type_or_a_value_out_of_range_is_refused_by_name(key, text):
 
 
 @pytest.mark.parametrize("key, value, kinds", [
-    ("epochs", 3.0, "int 1.."), ("epochs", True, "int 1.."), ("epochs", "3", "int 1.."), ("lr", "1e-5", "float 0.."),
+    ("epochs", 3.0, "int 0.."), ("epochs", True, "int 0.."), ("epochs", "3", "int 0.."), ("lr", "1e-5", "float 0.."),
     ("output_dir", Path("output"), "str"), ("train_dataset", ("a", "b"), "str or list"), ("revision", 1, "str or None"),
-    ("train_dataset", None, "str or list"), ("mixed_precision", "BF16", '"bf16" or "fp16" or "no"'),
+    ("train_dataset", None, "str or list"), ("base_interpolation", (0.5, 1.0), "tuple 0.01..0.99"),
+    ("base_interpolation", 0.5, "tuple 0.01..0.99"), ("early_stopping_patience", 0, "int 1.. or None"),
+    ("mixed_precision", "BF16", '"bf16" or "fp16" or "no"'),
     ("eval_proportion", 2, "float 0..1"), ("max_label", float("nan"), "float"), ("trust_remote_code", 0, "bool"),
     ("max_label", 10**400, "float"),
 ])  # fmt: skip
@@ -297,7 +310,7 @@ def test_edited_defaults_show_in_help_in_the_checks_in_train_and_when_the_file_i
     for _, _, key, value in EDITS:
         kinds, meaning, _ = SETTINGS[key]
         assert f"--{key} {meaning} ({' or '.join(kinds)}; default {value!r})" in shown
-    with pytest.raises(script.UserError, match="^epochs should be int 1.., not 'x'$"):
+    with pytest.raises(script.UserError, match="^epochs should be int 0.., not 'x'$"):
         script.check_settings(script.parse_command_line(["--epochs", "x"]))
     write_jsonl("train.jsonl", rows_of(2))
     run = script.train({"seed": 7})

@@ -193,7 +193,8 @@ def one_and_two_processes(without_dropout, tmp_path_factory):
         done = subprocess.run(
             [sys.executable, *launcher, str(ROOT / "train_bert_rerank.py"), "--model_name_or_path", without_dropout,
              "--train_dataset", "train.jsonl", "--output_dir", f"out{processes}", "--mixed_precision", "no",
-             "--max_label", "4", "--epochs", "2", "--lr", "1e-3", "--gradient_accumulation_steps", str(accumulation)],
+             "--max_label", "4", "--load_best_model_at_end", "false", "--epochs", "2", "--lr", "1e-3",
+             "--gradient_accumulation_steps", str(accumulation)],
             cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -214,10 +215,15 @@ def test_two_processes_take_the_same_steps_as_one(one_and_two_processes, without
 
 
 def test_the_number_of_processes_does_not_change_the_evaluation(one_and_two_processes):
-    reports = [json.loads((folder / "run.json").read_text()) for folder, _ in one_and_two_processes]
-    assert [report["processes"] for report in reports] == [1, 2]
-    assert reports[0]["before"] == pytest.approx(reports[1]["before"], abs=1e-6)
-    assert reports[0]["after"] == pytest.approx(reports[1]["after"], abs=1e-3)
+    runs = [json.loads((folder / "run.json").read_text()) for folder, _ in one_and_two_processes]
+    assert [run["processes"] for run in runs] == [1, 2]
+    one, two = (json.loads((folder / "eval_report.json").read_text()) for folder, _ in one_and_two_processes)
+    assert one["before"] == pytest.approx(two["before"], abs=1e-6)
+    assert one["after"] == pytest.approx(two["after"], abs=1e-3)
+    rows = [[json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+            for folder, _ in one_and_two_processes]  # fmt: skip
+    assert [row["score_before"] for row in rows[0]] == pytest.approx([row["score_before"] for row in rows[1]], abs=1e-6)
+    assert [row["score_after"] for row in rows[0]] == pytest.approx([row["score_after"] for row in rows[1]], abs=1e-4)
 
 
 def test_a_run_prints_its_stages_in_order_and_a_second_one_replaces_the_first(run_script, write_jsonl, tmp_path):
@@ -231,12 +237,13 @@ def test_a_run_prints_its_stages_in_order_and_a_second_one_replaces_the_first(ru
         "Training Args: {", "Loading data: ", "----- Label Distribution -----", "Label 0.00: 10 (50.00%)",
         "Label 1.00: 10 (50.00%)", "Evaluating on 7 queries (21 rows) of my_eval.jsonl", "1.4 M parameters",
         "Start training for 2 epochs ...", "Training: 100%", "Training finished! Saving model ...",
-        "Model saved successfully!", "NDCG@10    before", "MRR@10     before",
+        "Model saved successfully!", "ndcg@10  ", "best_f1  ", "Verdict: too few queries to tell. 7 queries (",
     ]  # fmt: skip
     places = [first.stdout.index(stage) for stage in stages]
     assert places == sorted(places)
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"final_model", "loss_curve.png", "logs", "run.json"}
+    assert written == {"final_model", "loss_curve.png", "logs", "run.json", "eval_report.json", "predictions.jsonl",
+                       "score_distribution.png", "rows_to_check.jsonl"}  # fmt: skip
     assert (tmp_path / "out" / "loss_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     run = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
     assert run["args"]["epochs"] == 2 and run["args"]["lr"] == 1e-5
@@ -246,7 +253,7 @@ def test_a_run_prints_its_stages_in_order_and_a_second_one_replaces_the_first(ru
     (tmp_path / "out" / "final_model" / "stale").touch()
     second = run_script(*command, "--epochs", 1)
     assert second.returncode == 0, second.stdout
-    assert "replaces that of an earlier run" in second.stdout
+    assert "final_model, of an earlier run, is replaced." in second.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == written
     assert not (tmp_path / "out" / "final_model" / "stale").exists()
     assert [step for step, _ in scalars_of(tmp_path / "out")["train/loss"]] == [1, 2]
@@ -272,9 +279,9 @@ def test_a_model_without_evaluation_claims_nothing(write_jsonl, tmp_path, capsys
         "model_name_or_path": TINY, "train_dataset": write_jsonl("rows.jsonl", rows_of(4)), "eval_dataset": None,
         "output_dir": str(tmp_path / "out"), "epochs": 1, "mixed_precision": "no",
     })  # fmt: skip
-    assert run["before"]["NDCG@10"] is None and run["after"]["queries"] == 0
+    assert run["report"] is None
     out = capsys.readouterr().out
-    assert "No evaluation" in out and "NDCG" not in out
+    assert "No evaluation" in out and "ndcg" not in out.lower().partition("start training")[2]
 
 
 def test_max_grad_norm_clips_and_zero_never_does(without_dropout, write_jsonl, tmp_path, monkeypatch):
@@ -356,10 +363,14 @@ def test_after_an_interrupted_run_another_can_start_in_the_same_process(small_ru
     assert train_bert_rerank.train({**small_run, "mixed_precision": "bf16"})["precision"] == "bf16"
 
 
-def test_an_evaluation_with_nothing_to_rank_says_so(small_run, write_jsonl, capsys):
-    train_bert_rerank.train({**small_run, "eval_dataset": write_jsonl("eval.jsonl", rows_of(3))})
-    out = capsys.readouterr().out
-    assert "No query of the evaluation has rows with different labels" in out and "NDCG" not in out
+def test_an_evaluation_with_nothing_to_measure_says_so(small_run, write_jsonl, tmp_path, capsys):
+    rows = [{**row, "label": 1} for row in rows_of(3)]
+    with pytest.raises(UserError, match="no eval rows with labels to measure ndcg@10 or average_precision"):
+        train_bert_rerank.train({**small_run, "eval_dataset": write_jsonl("eval.jsonl", rows)})
+    small_run = {**small_run, "train_dataset": write_jsonl("train.jsonl", rows), "eval_dataset": "auto"}
+    run = train_bert_rerank.train(small_run)
+    assert "no evaluation, and nothing will be claimed about the ranking" in capsys.readouterr().out
+    assert run["report"] is None and not (tmp_path / "out" / "eval_report.json").exists()
 
 
 def test_an_fp16_checkpoint_is_trained_in_fp32(small_run, tmp_path):

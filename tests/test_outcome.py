@@ -1,0 +1,270 @@
+"""Whole runs: what is evaluated when, which weights are saved, what is written, and what is said of it."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, rows_of
+from safetensors.numpy import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train_bert_rerank
+from train_bert_rerank import BertRerankerModel, UserError, measure
+
+METRICS = {"ndcg@10", "mrr@10", "map", "hit@1", "average_precision", "best_f1"}
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """{"train", "eval", "inverted": paths}: the default data with 25 of its evaluation queries."""
+    folder = tmp_path_factory.mktemp("data")
+    train_rows, eval_rows = (read_jsonl(ROOT / f"default_{part}_data.jsonl") for part in ("train", "eval"))
+    parts = {"train": train_rows, "eval": eval_rows[: 25 * 8],
+             "inverted": [{**row, "label": 1 - row["label"]} for row in train_rows]}  # fmt: skip
+    for name, rows in parts.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return {name: str(folder / f"{name}.jsonl") for name in parts}
+
+
+def settings_of(data, output_dir, **changes):
+    return {"model_name_or_path": TINY, "train_dataset": data["train"], "eval_dataset": data["eval"], "lr": 3e-4,
+            "epochs": 3, "mixed_precision": "no", "output_dir": str(output_dir), **changes}  # fmt: skip
+
+
+def ndcg_of(folder, data):
+    """NDCG@10 of a saved model on the eval rows, by way of predict()."""
+    rows = read_jsonl(data["eval"])
+    pairs = [(row["query"], row["content"]) for row in rows]
+    logits = BertRerankerModel.from_pretrained(folder).predict(pairs, activation_fn=torch.nn.Identity())
+    queries = np.array([row["query"] for row in rows])
+    lists = [np.flatnonzero(queries == query) for query in dict.fromkeys(queries)]
+    return measure(lists, np.array([row["label"] for row in rows]), logits.astype(float))[0]["ndcg@10"]
+
+
+@pytest.fixture(scope="session")
+def good_run(data, tmp_path_factory):
+    """(folder, what train() returned) of a run that helps."""
+    folder = tmp_path_factory.mktemp("good") / "out"
+    return folder, train_bert_rerank.train(settings_of(data, folder, base_interpolation=(0.25, 0.5)))
+
+
+def test_the_base_is_evaluated_before_the_first_step_and_then_each_epoch(good_run):
+    folder, run = good_run
+    report = json.loads((folder / "eval_report.json").read_text(encoding="utf-8"))
+    assert report == run["report"]
+    assert [(point["step"], point["epoch"]) for point in report["history"]] == [(0, 0), (13, 1), (26, 2), (39, 3)]
+    assert {*report["history"][0]} == {"step", "epoch", *METRICS}
+    assert {**report["history"][0], **report["before"]} == report["history"][0]
+    assert report["queries"] == 25 and report["queries_left_out"] == 0 and report["metric"] == "ndcg@10"
+    assert report["dataset"].endswith("eval.jsonl")
+
+
+def test_eval_steps_evaluates_every_so_many_steps_and_after_the_last(data, tmp_path):
+    run = train_bert_rerank.train(settings_of(data, tmp_path / "out", epochs=1, eval_steps=5, base_interpolation=[]))
+    assert [point["step"] for point in run["report"]["history"]] == [0, 5, 10, 13]
+
+
+def test_final_model_is_the_best_candidate_and_the_files_speak_of_it(good_run, data):
+    folder, run = good_run
+    report = run["report"]
+    best = max(point["ndcg@10"] for point in report["history"][1:])
+    assert report["after"] == report["fine_tuned"] and report["after"]["ndcg@10"] >= best > report["before"]["ndcg@10"]
+    assert ndcg_of(folder / "final_model", data) == pytest.approx(report["after"]["ndcg@10"], abs=1e-6)
+    rows, predictions = read_jsonl(data["eval"]), read_jsonl(folder / "predictions.jsonl")
+    assert [{key: row[key] for key in ("query", "content", "label")} for row in predictions] == rows
+    pairs = [(row["query"], row["content"]) for row in rows]
+    for key, model in (("score_before", TINY), ("score_after", folder / "final_model")):
+        expected = BertRerankerModel.from_pretrained(model).predict(pairs)
+        assert [row[key] for row in predictions] == pytest.approx(expected.tolist(), abs=1e-5)
+    labels, scores = np.array([row["label"] for row in rows]), np.array([row["score_after"] for row in predictions])
+    found = (scores >= report["threshold"]) & (labels == 1)
+    f1 = 2 * found.sum() / ((scores >= report["threshold"]).sum() + labels.sum())
+    assert f1 == pytest.approx(report["after"]["best_f1"])
+    for name in ("loss_curve.png", "score_distribution.png"):
+        assert (folder / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_log_holds_the_metrics_and_the_health_of_the_scores_at_each_evaluation(good_run):
+    folder, run = good_run
+    log = EventAccumulator(str(folder / "logs" / "train_bert_rerank"))
+    log.Reload()
+    for key in (*METRICS, "spread", "saturated", "relevant", "irrelevant"):
+        events = log.Scalars(f"eval/{key}")
+        assert [event.step for event in events] == [0, 13, 26, 39]
+        if key in METRICS:
+            values = [point[key] for point in run["report"]["history"]]
+            assert [event.value for event in events] == pytest.approx(values, abs=1e-6)
+
+
+def test_a_mixture_with_the_base_is_the_mean_of_the_weights(data, tmp_path):
+    # The lists are those of a base that ranks well and of training that spoils it: the most mixed candidate is best.
+    settings = settings_of(data, tmp_path / "out", train_dataset=data["inverted"], epochs=1)
+    last = train_bert_rerank.train({**settings, "load_best_model_at_end": False})
+    fine_tuned = load_file(tmp_path / "out" / "final_model" / "model.safetensors")
+    run = train_bert_rerank.train({**settings, "base_interpolation": [0.4, 0.9]})
+    assert run["report"]["history"] == last["report"]["history"]
+    assert run["report"]["fine_tuned"]["ndcg@10"] > last["report"]["after"]["ndcg@10"]
+    folder = "fine_tuned_model" if run["report"]["chosen"] == "base" else "final_model"
+    mixed, base = load_file(tmp_path / "out" / folder / "model.safetensors"), load_file(f"{TINY}/model.safetensors")
+    for name, weight in mixed.items():
+        np.testing.assert_allclose(weight, 0.1 * fine_tuned[name] + 0.9 * base[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"train_dataset": "inverted", "epochs": 3}, {"lr": 1e-1, "epochs": 1}])
+def test_training_that_spoils_the_ranking_is_never_called_better_and_leaves_the_base_in_final_model(
+    data, tmp_path, capsys, changes
+):
+    changes = {**changes, "train_dataset": data[changes.get("train_dataset", "train")]}
+    run = train_bert_rerank.train(settings_of(data, tmp_path / "out", **changes, base_interpolation=[]))
+    report, out = run["report"], capsys.readouterr().out
+    assert report["verdict"] == "worse" and report["chosen"] == "base" and report["after"] == report["before"]
+    assert report["fine_tuned"]["ndcg@10"] < report["before"]["ndcg@10"]
+    folder, base = tmp_path / "out", load_file(f"{TINY}/model.safetensors")
+    final = load_file(folder / "final_model" / "model.safetensors")
+    assert all(np.array_equal(final[name], base[name]) for name in base)
+    assert ndcg_of(folder / "fine_tuned_model", data) == pytest.approx(report["fine_tuned"]["ndcg@10"], abs=1e-6)
+    assert "!!! FINE-TUNING DID NOT HELP !!!" in out and "!!! WARNING !!! Step 13" in out
+    assert out.splitlines()[-2].startswith("Verdict: WORSE. NDCG@10 ")
+    predictions = read_jsonl(tmp_path / "out" / "predictions.jsonl")
+    assert all(row["score_before"] == row["score_after"] for row in predictions)
+
+
+def test_load_best_model_at_end_false_keeps_the_last_weights_and_only_reports(data, tmp_path):
+    settings = settings_of(data, tmp_path / "out", train_dataset=data["inverted"], epochs=1)
+    run = train_bert_rerank.train({**settings, "load_best_model_at_end": False})
+    report = run["report"]
+    assert report["verdict"] == "worse" and report["chosen"] == {"step": 13, "base_interpolation": 0.0}
+    assert not (tmp_path / "out" / "fine_tuned_model").exists()
+    assert ndcg_of(tmp_path / "out" / "final_model", data) == pytest.approx(report["history"][-1]["ndcg@10"], abs=1e-6)
+
+
+def test_early_stopping_ends_the_run_after_that_many_evaluations_without_a_better_one(data, tmp_path, run_script):
+    done = run_script("--model_name_or_path", TINY, "--train_dataset", data["inverted"], "--eval_dataset", data["eval"],
+                      "--epochs", 9, "--early_stopping_patience", 2, "--lr", "1e-3", "--mixed_precision", "no",
+                      "--output_dir", "out", "--base_interpolation", "[]")  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    report = json.loads((tmp_path / "out" / "eval_report.json").read_text(encoding="utf-8"))
+    values = [point["ndcg@10"] for point in report["history"][1:]]
+    assert len(values) < 9 and np.argmax(values) == len(values) - 3
+    assert re.search(rf"Training: 100%\S*\| {13 * len(values)}/{13 * len(values)} ", done.stdout)
+
+
+def test_one_row_a_query_is_compared_by_average_precision_from_end_to_end(write_jsonl, tmp_path, capsys):
+    rows = read_jsonl(ROOT / "default_eval_data.jsonl")
+    singles = [rows[8 * query + (query % 2) * 5] for query in range(160)]
+    singles = [{**row, "query": f"{row['query']}{index}"} for index, row in enumerate(singles)]
+    assert 20 < sum(row["label"] for row in singles) < 140
+    data = {"train": str(ROOT / "default_train_data.jsonl"), "eval": write_jsonl("eval.jsonl", singles)}
+    run = train_bert_rerank.train(settings_of(data, tmp_path / "out"))
+    report = run["report"]
+    assert report["metric"] == "average_precision" and report["queries"] == 160
+    assert all(report["before"][key] is None for key in ("ndcg@10", "mrr@10", "map", "hit@1"))
+    assert report["after"]["average_precision"] > report["before"]["average_precision"]
+    assert report["verdict"] in ("better", "unclear") and report["delta"]["ci95"][0] < report["delta"]["mean"]
+    assert "AVERAGE_PRECISION" in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_a_run_after_one_that_failed_to_help_removes_what_it_does_not_write_itself(good_run, data, tmp_path, capsys):
+    shutil.copytree(good_run[0], tmp_path / "out")
+    shutil.copytree(tmp_path / "out" / "final_model", tmp_path / "out" / "fine_tuned_model")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    train_bert_rerank.train(settings_of(data, tmp_path / "out", epochs=1, eval_dataset=None))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"final_model", "logs", "loss_curve.png", "run.json",
+                                                                   "rows_to_check.jsonl", "notes.txt"}  # fmt: skip
+    assert "fine_tuned_model, of an earlier run, is removed." in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite_are_out(data, tmp_path, capsys):
+    settings = settings_of(data, tmp_path / "out", epochs=1, lr=1e30, gradient_accumulation_steps=99)  # one step
+    with pytest.raises(UserError, match="training left no finite weights: lower lr 1e\\+30"):
+        train_bert_rerank.train(settings)
+    assert "weights or scores are not finite" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "final_model").exists()
+
+
+def test_a_new_head_is_not_mixed_with_the_base(data, tmp_path, capsys):
+    shutil.copytree(TINY, tmp_path / "plain")
+    weights = load_file(tmp_path / "plain" / "model.safetensors")
+    save_file({name: weight for name, weight in weights.items() if "classifier" not in name},
+              tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    settings = settings_of(data, tmp_path / "out", epochs=1, base_interpolation=[0.5])
+    train_bert_rerank.train({**settings, "model_name_or_path": str(tmp_path / "plain")})
+    out = capsys.readouterr().out
+    assert "Not in" in out and "mixed with" not in out
+    assert f"!!! WARNING !!! {tmp_path / 'plain'}" not in out  # scores nearly alike are normal for a new head
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_offset_of_the_logits_is_taken_out_before_the_first_step_and_stays_in_the_base(
+    data, tmp_path, run_script, processes
+):
+    shutil.copytree(TINY, tmp_path / "offset")
+    weights = load_file(tmp_path / "offset" / "model.safetensors")
+    weights["classifier.out_proj.bias"] = weights["classifier.out_proj.bias"] + np.float32(8)
+    save_file(weights, tmp_path / "offset" / "model.safetensors", metadata={"format": "pt"})
+    done = run_script("--model_name_or_path", "offset", "--train_dataset", data["inverted"], "--eval_dataset",
+                      data["eval"], "--epochs", 1, "--lr", "3e-4", "--mixed_precision", "no", "--output_dir", "out",
+                      processes=processes)  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "The logits stand +7.7 off the labels: the head's bias is shifted by -7.7 before training." in done.stdout
+    log = EventAccumulator(str(tmp_path / "out" / "logs" / "train_bert_rerank"))
+    log.Reload()
+    assert log.Scalars("train/loss")[0].value < 1.2  # 4 without the shift
+    final = load_file(tmp_path / "out" / "final_model" / "model.safetensors")  # the base, since labels are inverted
+    assert all(np.array_equal(final[name], weights[name]) for name in weights)
+
+
+def test_epochs_0_evaluates_alone_and_writes_only_into_its_own_folder(good_run, data, tmp_path, run_script):
+    shutil.copytree(good_run[0], tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    command = ["--model_name_or_path", "out/final_model", "--epochs", 0, "--eval_dataset", data["eval"], "--output_dir",
+               "out", "--mixed_precision", "no", "--train_dataset", "nowhere.jsonl"]  # fmt: skip
+    reports = []
+    for processes in (1, 2):
+        done = run_script(*command, processes=processes)
+        assert done.returncode == 0, done.stdout
+        assert f"processes: {processes}" in done.stdout and "Verdict" not in done.stdout
+        reports.append(json.loads((tmp_path / "out" / "evaluation" / "eval_report.json").read_text(encoding="utf-8")))
+        names = {path.name for path in (tmp_path / "out" / "evaluation").iterdir()}
+        assert names == {"eval_report.json", "predictions.jsonl", "score_distribution.png"}
+    assert reports[0] == reports[1] and reports[0]["queries"] == 25  # which two does not divide
+    assert reports[0]["before"] == pytest.approx(good_run[1]["report"]["after"], abs=1e-9)
+    assert reports[0]["chosen"] == "base" and reports[0]["after"] == reports[0]["fine_tuned"] == reports[0]["before"]
+    after = {path: path.read_bytes() for path in before}
+    assert after == before
+
+
+def test_epochs_0_without_rows_to_evaluate_is_an_error(data, tmp_path):
+    with pytest.raises(UserError, match="no eval rows with labels to measure ndcg@10 or average_precision by"):
+        train_bert_rerank.train(settings_of(data, tmp_path / "out", epochs=0, eval_dataset=None))
+
+
+def test_formats_of_a_saved_model_stay_unless_new_ones_are_given(write_jsonl, tmp_path):
+    rows = write_jsonl("rows.jsonl", rows_of(4))
+    base = {"model_name_or_path": TINY, "train_dataset": rows, "eval_dataset": None, "epochs": 1,
+            "mixed_precision": "no", "output_dir": str(tmp_path / "a")}  # fmt: skip
+    train_bert_rerank.train({**base, "query_format": "问：{}"})
+    again = {**base, "model_name_or_path": str(tmp_path / "a" / "final_model"), "output_dir": str(tmp_path / "b")}
+    train_bert_rerank.train({**again, "document_format": "文：{}"})
+    config = json.loads((tmp_path / "b" / "final_model" / "config.json").read_text(encoding="utf-8"))
+    assert config["query_format"] == "问：{}" and config["document_format"] == "文：{}"
+
+
+def test_the_rows_to_check_are_those_whose_label_the_model_contradicts_worst_first(good_run, data):
+    rows, listed = read_jsonl(data["train"]), read_jsonl(good_run[0] / "rows_to_check.jsonl")
+    assert 0 < len(listed) < len(rows) / 2
+    for row in listed:
+        source = rows[row["line"] - 1]
+        assert row["file"] == data["train"] and {key: row[key] for key in source} == source
+        assert (row["mean_probability"] < 0.5) == (row["label"] == 1)
+    doubts = [abs(row["label"] - row["mean_probability"]) for row in listed]
+    assert doubts == sorted(doubts, reverse=True)

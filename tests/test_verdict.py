@@ -1,0 +1,419 @@
+"""What a run claims: the choice on one half of the queries measured on the other, the verdict, what is kept."""
+
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+from train_bert_rerank import (
+    METRICS,
+    BertRerankerModel,
+    confidence_interval,
+    cross_fit,
+    host_copy,
+    judge,
+    lists_for,
+    measure,
+    metric_values,
+    set_weights,
+    sigmoid,
+)
+
+ARGS = {"seed": 42, "load_best_model_at_end": True}
+ROWS = 5  # of each query; the first is the relevant one
+
+
+@pytest.fixture
+def generator():
+    return np.random.default_rng(3)
+
+
+def dataset_of(labels, sizes, metric="ndcg@10"):
+    """What judge() needs of a RerankDataset."""
+    lists = np.split(np.arange(len(labels)), np.cumsum(sizes)[:-1])
+    rows = [
+        (f"query {number}", f"content {row}", label, "some/eval.jsonl", row + 1)
+        for number, (rows, label) in enumerate(zip(lists, labels, strict=False)) for row in rows
+    ]  # fmt: skip
+    return SimpleNamespace(rows=rows, lists=lists, labels=torch.tensor(labels, dtype=torch.float32), metric=metric)
+
+
+def queries_of(count, metric="ndcg@10"):
+    """`count` queries with one relevant row each."""
+    return dataset_of(([1.0] + [0.0] * (ROWS - 1)) * count, [ROWS] * count, metric)
+
+
+def scores_of(places):
+    """Scores that put the relevant row of each query at its place, 1 to ROWS."""
+    others = [[-place for place in range(1, ROWS + 1) if place != mine] for mine in places]
+    return np.concatenate([[-float(mine), *rest] for mine, rest in zip(places, others, strict=True)])
+
+
+def candidate_of(dataset, scores, step=1, base_interpolation=0.0):
+    """What evaluate() returns for such scores."""
+    metrics, _ = measure(dataset.lists, dataset.labels.numpy(), np.array(scores, dtype=float))
+    return {
+        "step": step, "epoch": step, "base_interpolation": base_interpolation, "scores": np.array(scores, dtype=float),
+        "metrics": metrics, "quality": round(metrics[dataset.metric], 9),
+    }  # fmt: skip
+
+
+def judged(dataset, base, *fine_tuned, **args):
+    """judge() of a base and candidates given as scores, from step 1 on: (report, best candidate, what is kept)."""
+    base = candidate_of(dataset, base, step=0)
+    candidates = [candidate_of(dataset, scores, step) for step, scores in enumerate(fine_tuned, start=1)]
+    report, best, after = judge(base, candidates, candidates, dataset, {**ARGS, **args})
+    assert any(best is each for each in candidates) and (after is best or after is base)
+    return report, best, after
+
+
+def differences_of(dataset, base, *candidates, seed=0):
+    made = [candidate_of(dataset, scores) for scores in (base, *candidates)]
+    return cross_fit(made[0], made[1:], dataset.metric, dataset.lists, dataset.labels.numpy(), seed)
+
+
+# ---- Cross-fitting ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("count", [4, 21, 30])
+def test_with_one_candidate_the_differences_are_the_plain_ones_of_the_queries(generator, count):
+    dataset = queries_of(count)
+    base, tuned = generator.standard_normal((2, count * ROWS))
+    before, after = (metric_values("ndcg@10", dataset.lists, dataset.labels.numpy(), each) for each in (base, tuned))
+    assert sorted(differences_of(dataset, base, tuned)) == pytest.approx(sorted(after - before))
+
+
+def test_the_half_that_chose_a_candidate_never_measures_it(generator):
+    # Two candidates share the queries: one is right on 20 of 40, the other on the other 20. Whichever one half prefers
+    # is then right on at most half of the other half; the half that chose it would find it right on at least half.
+    dataset, means = queries_of(40, "hit@1"), []
+    for seed in range(20):
+        first = generator.permutation(np.repeat([1, 2], 20))
+        differences = differences_of(dataset, scores_of([3] * 40), scores_of(first), scores_of(3 - first), seed=seed)
+        assert len(differences) == 40 and set(differences) <= {0.0, 1.0}
+        means.append(differences.mean())
+    assert max(means) <= 0.5 and min(means) < 0.4
+
+
+def test_noise_gains_nothing_on_average_though_it_does_on_the_queries_that_chose_it(generator):
+    dataset, fitted, flattered = queries_of(24), [], []
+    labels = dataset.labels.numpy()
+    for seed in range(120):
+        base, *candidates = ({"scores": scores} for scores in generator.standard_normal((6, 24 * ROWS)))
+        fitted.append(cross_fit(base, candidates, "ndcg@10", dataset.lists, labels, seed).mean())
+        before, *means = (metric_values("ndcg@10", dataset.lists, labels, each["scores"]).mean()
+                          for each in (base, *candidates))  # fmt: skip
+        flattered.append(max(means) - before)
+    error = np.std(fitted) / len(fitted) ** 0.5
+    assert abs(np.mean(fitted)) < 3 * error and np.mean(flattered) > 6 * error
+
+
+def test_a_candidate_that_is_better_everywhere_is_chosen_by_both_halves_wherever_it_stands(generator):
+    dataset = queries_of(30)
+    base, good, *bad = (scores_of(generator.integers(low, high, 30)) for low, high in [(2, 4), (1, 2), (4, 6), (3, 6)])
+    for candidates in ([good, *bad], [*bad, good]):
+        assert differences_of(dataset, base, *candidates).mean() == pytest.approx(
+            differences_of(dataset, base, good).mean()
+        )
+
+
+def test_a_seed_gives_one_split_and_another_seed_another(generator):
+    dataset = queries_of(30)
+    scores = generator.standard_normal((4, 30 * ROWS))
+    first, again, other = (differences_of(dataset, *scores, seed=seed).tolist() for seed in (1, 1, 2))
+    assert first == again and sorted(first) != sorted(other)
+
+
+def test_too_few_queries_to_part_give_no_differences():
+    dataset = queries_of(3)
+    assert len(differences_of(dataset, scores_of([3, 3, 3]), scores_of([1, 1, 1]))) == 0
+
+
+def test_of_candidates_that_do_equally_well_on_a_half_the_first_is_measured(generator):
+    # Both are right on every other query of what the split makes of them, and never on the same ones.
+    dataset, seed = queries_of(40, "hit@1"), 7
+    order = np.random.default_rng(seed).permutation(40)
+    first = np.empty(40, dtype=int)
+    first[order] = np.tile([1, 1, 2, 2], 10)
+    base = scores_of(np.where(first == 1, 3, 1))  # right where the first is wrong: this tells them apart
+    assert set(differences_of(dataset, base, scores_of(first), scores_of(3 - first), seed=seed)) == {1.0, -1.0}
+    assert set(differences_of(dataset, base, scores_of(3 - first), scores_of(first), seed=seed)) == {0.0}
+
+
+@pytest.mark.parametrize("count", [4, 60, 160])
+def test_average_precision_is_compared_by_groups_of_queries(generator, count):
+    labels = generator.permutation(np.arange(count) % 2).astype(float)
+    dataset = dataset_of(labels.tolist(), [1] * count, "average_precision")
+    base, tuned = labels + generator.standard_normal((2, count)) * [[3], [0.5]]
+    differences = differences_of(dataset, base, tuned)
+    assert len(differences) == 2 * min(50, count // 2)
+    if count > 4:  # the gain as a whole, but for the bias that halves have
+        before, after = (candidate_of(dataset, each)["quality"] for each in (base, tuned))
+        assert differences.mean() == pytest.approx(after - before, abs=0.1)
+
+
+# ---- The interval ----------------------------------------------------------------------------------------------------
+def test_the_interval_holds_the_mean_and_narrows_with_more_queries(generator):
+    widths = []
+    for count in (20, 80, 320):
+        differences = generator.exponential(0.3, count) - 0.1
+        low, high = confidence_interval(differences, 42)
+        assert low < differences.mean() < high
+        widths.append(high - low)
+    assert widths[0] > 1.3 * widths[1] > 1.3 * 1.3 * widths[2]
+
+
+def test_the_interval_moves_with_the_differences_and_turns_with_their_sign(generator):
+    differences = generator.standard_normal(60) ** 3 / 10
+    low, high = confidence_interval(differences, 42)
+    near = (high - low) / 20
+    assert confidence_interval(differences + 0.25, 42) == pytest.approx([low + 0.25, high + 0.25], abs=near)
+    assert confidence_interval(-differences, 42) == pytest.approx([-high, -low], abs=near)
+    assert confidence_interval(2 * differences, 42) == pytest.approx([2 * low, 2 * high], abs=near)
+
+
+@pytest.mark.parametrize("differing", [0, 1, 2])
+def test_there_is_no_interval_where_nearly_all_differences_are_zero(differing):
+    differences = np.zeros(100)
+    differences[:differing] = 0.3
+    assert confidence_interval(differences, 42) is None
+    assert confidence_interval(differences + 1e-12, 42) is None  # rounding is no difference
+
+
+# ---- The verdict -----------------------------------------------------------------------------------------------------
+UP, DOWN = [1] * 14 + [3] * 26, [4] * 14 + [3] * 26  # the base: [3] * 40
+MIXED_UP, MIXED_DOWN = [2] * 9 + [5] * 9 + [3] * 22, [2] * 8 + [5] * 10 + [3] * 22
+
+
+@pytest.mark.parametrize(
+    ("places", "verdict", "up", "down"),
+    [
+        (UP, "better", 14, 0),
+        (DOWN, "worse", 0, 14),
+        (MIXED_UP, "unclear", 9, 9),
+        (MIXED_DOWN, "unclear", 8, 10),
+        ([3] * 40, "too few", 0, 0),
+        ([1, 1] + [3] * 38, "too few", 2, 0),
+    ],
+    ids=["better", "worse", "unclear, up", "unclear, down", "no difference", "hardly a difference"],
+)
+def test_the_verdict_is_whether_the_interval_of_the_difference_holds_zero(places, verdict, up, down):
+    dataset = queries_of(40)
+    report, *_ = judged(dataset, scores_of([3] * 40), scores_of(places))
+    delta, gain = report["delta"], report["fine_tuned"]["ndcg@10"] - report["before"]["ndcg@10"]
+    assert (report["verdict"], delta["queries_up"], delta["queries_down"]) == (verdict, up, down)
+    assert delta["mean"] == pytest.approx(gain)  # of one candidate
+    if verdict == "too few":
+        assert delta["ci95"] is None
+    else:
+        low, high = delta["ci95"]
+        assert low < delta["mean"] < high
+        assert (low > 0, high < 0) == (verdict == "better", verdict == "worse")
+
+
+@pytest.mark.parametrize(("count", "verdict"), [(3, "too few"), (19, "too few"), (20, "better")])
+def test_fewer_than_twenty_queries_are_too_few_however_clear_the_difference(count, verdict):
+    places = [1 + index % 2 for index in range(count)]
+    report, *_ = judged(queries_of(count), scores_of([4] * count), scores_of(places))
+    assert (report["verdict"], report["queries"]) == (verdict, count)
+    assert (report["delta"]["ci95"] is None) == (verdict == "too few")
+    assert report["delta"]["mean"] == (pytest.approx(report["after"]["ndcg@10"] - report["before"]["ndcg@10"])
+                                       if count > 3 else None)  # fmt: skip
+
+
+def test_only_queries_that_say_something_count_as_queries():
+    labels, sizes = [1.0, 0, 0] * 19 + [1.0] * 3 + [0.0] * 2 + [1.0], [3] * 20 + [2, 1]
+    base = [0.0, 1, 2] * 19 + [0.0] * 6
+    report, *_ = judged(dataset_of(labels, sizes), base, [-score for score in base])
+    assert (report["queries"], report["queries_left_out"], report["verdict"]) == (19, 3, "too few")
+
+
+def test_grades_have_a_verdict_without_a_relevant_row(generator):
+    labels = [0.25, 0.0, 0.0] * 30
+    report, *_ = judged(dataset_of(labels, [3] * 30), generator.standard_normal(90), labels)
+    assert (report["verdict"], report["after"]["ndcg@10"], report["after"]["map"]) == ("better", 1, None)
+
+
+def test_the_verdict_is_on_the_metric_that_is_asked_for():
+    base, tuned = scores_of([2] * 100), scores_of([1] * 15 + [5] * 85)  # more are first, most are last
+    verdicts = {}
+    for metric in ("ndcg@10", "hit@1"):
+        report, *_ = judged(queries_of(100, metric), base, tuned)
+        verdicts[report["metric"]] = report["verdict"]
+    assert verdicts == {"ndcg@10": "worse", "hit@1": "better"}
+
+
+@pytest.mark.parametrize(
+    ("relevant", "irrelevant", "verdict"), [(20, 20, "better"), (19, 40, "too few"), (40, 19, "too few")]
+)
+def test_a_row_a_query_has_a_verdict_too_with_twenty_rows_of_each_kind(generator, relevant, irrelevant, verdict):
+    labels = generator.permutation(np.repeat([1.0, 0.0], [relevant, irrelevant]))
+    base, tuned = labels + generator.standard_normal((2, len(labels))) * [[9], [0.2]]
+    report, *_ = judged(dataset_of(labels.tolist(), [1] * len(labels), "average_precision"), base, tuned)
+    assert (report["verdict"], report["queries"], report["queries_left_out"]) == (verdict, len(labels), 0)
+    assert report["before"]["ndcg@10"] is None and report["delta"]["mean"] > 0
+    assert report["delta"]["queries_up"] is report["delta"]["queries_down"] is None  # a single row ranks nothing
+    worse, *_, after = judged(dataset_of(labels.tolist(), [1] * len(labels), "average_precision"), tuned, base)
+    assert (worse["verdict"], after["step"]) == (("worse", 0) if verdict == "better" else ("too few", 1))
+
+
+# ---- What is kept ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("count", "load_best_model_at_end", "kept"),
+    [(40, True, "base"), (20, True, "base"), (19, True, "tuned"), (40, False, "tuned")],
+)
+def test_the_base_is_kept_where_twenty_queries_or_more_rank_below_it(count, load_best_model_at_end, kept):
+    dataset = queries_of(count)
+    base, worst, bad = scores_of([1] * count), scores_of([5] * count), scores_of([2] * count)
+    report, best, after = judged(dataset, base, worst, bad, load_best_model_at_end=load_best_model_at_end)
+    assert best["step"] == 2 and np.array_equal(after["scores"], base if kept == "base" else bad)
+    assert report["chosen"] == ("base" if kept == "base" else {"step": 2, "base_interpolation": 0.0})
+    assert report["before"]["mrr@10"] == 1 and report["fine_tuned"]["mrr@10"] == 0.5
+    assert report["after"] == (report["before"] if kept == "base" else report["fine_tuned"])
+
+
+def test_the_base_is_not_kept_for_what_ranks_as_well():
+    places = [1, 2] * 20
+    report, best, after = judged(queries_of(40), scores_of(places), scores_of(places[::-1]))
+    assert report["chosen"] == {"step": 1, "base_interpolation": 0.0} and after is best
+
+
+def test_the_best_candidate_is_kept_and_of_equals_the_first_which_is_mixed_least():
+    dataset = queries_of(40)
+    base = candidate_of(dataset, scores_of([3] * 40), step=0)
+    evaluations = [candidate_of(dataset, scores_of([place] * 40), step) for step, place in ((1, 4), (2, 2), (3, 3))]
+    mixtures = [candidate_of(dataset, 9 * scores_of([place] * 40), 2, mix) for place, mix in ((2, 0.25), (2, 0.5))]
+    better = candidate_of(dataset, scores_of([1] * 40), 2, 0.75)
+    report, best, after = judge(base, [*evaluations, *mixtures], evaluations, dataset, ARGS)
+    assert best is after is evaluations[1] and report["chosen"] == {"step": 2, "base_interpolation": 0.0}
+    report, best, after = judge(base, [*evaluations, *mixtures, better], evaluations, dataset, ARGS)
+    assert best is after is better and report["chosen"] == {"step": 2, "base_interpolation": 0.75}
+    assert [point["step"] for point in report["history"]] == [0, 1, 2, 3]  # mixtures are no points in training
+
+
+def test_the_base_alone_is_judged_as_itself():
+    dataset = queries_of(40)
+    base = candidate_of(dataset, scores_of([1, 2] * 20), step=0)
+    report, best, after = judge(base, [base], [], dataset, ARGS)
+    assert best is after is base and (report["chosen"], report["verdict"]) == ("base", "too few")
+    assert report["before"] == report["after"] == report["fine_tuned"] == base["metrics"]
+    assert len(report["history"]) == 1 and report["delta"]["mean"] == 0
+
+
+# ---- The report ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("labels", "sizes", "metric", "none"),
+    [
+        ([1.0, 0, 0] * 30, [3] * 30, "map", set()),
+        ([1.0, 0] * 30, [1] * 60, "average_precision", {"ndcg@10", "mrr@10", "map", "hit@1"}),
+        ([0.25, 0, 0] * 30, [3] * 30, "ndcg@10", {"mrr@10", "map", "hit@1", "average_precision", "best_f1"}),
+        ([1.0, 0], [2], "ndcg@10", set()),
+        ([1.0, 1, 1, 0] * 5, [4] * 5, "ndcg@10", set()),  # the best threshold is below all rows
+    ],
+    ids=["queries", "a row a query", "nothing relevant", "one query", "mostly relevant"],
+)
+def test_the_report_is_strict_json_of_the_promised_keys(labels, sizes, metric, none):
+    dataset = dataset_of(labels, sizes, metric)
+    rows = np.arange(len(labels))
+    report, *_ = judged(dataset, np.where(rows % 3, 1.0, 0.0), np.sin(rows), -100.0 * np.array(labels))
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert set(report) == {
+        "dataset", "queries", "queries_left_out", "metric", "before", "after", "fine_tuned", "delta", "verdict",
+        "threshold", "history", "chosen",
+    }  # fmt: skip
+    keys = {"ndcg@10", "mrr@10", "map", "hit@1", "average_precision", "best_f1"}
+    assert set(METRICS) == keys
+    for part in ("before", "after", "fine_tuned"):
+        assert set(report[part]) == keys
+        assert {key for key, value in report[part].items() if value is None} == none
+    assert set(report["delta"]) == {"mean", "ci95", "queries_up", "queries_down"}
+    assert [set(point) for point in report["history"]] == [{"step", "epoch", *keys}] * 3
+    assert [point["step"] for point in report["history"]] == [0, 1, 2]
+    assert (report["dataset"], report["metric"]) == ("some/eval.jsonl", metric)
+    assert report["queries"] + report["queries_left_out"] == len(dataset.lists)
+    assert report["queries"] == len(lists_for(metric, dataset.lists, dataset.labels.numpy()))
+    assert 0 <= report["threshold"] <= 1
+
+
+@pytest.mark.parametrize("kept", ["base", "tuned"])
+def test_the_threshold_is_a_probability_that_yields_the_best_f1_of_what_is_kept(generator, kept):
+    dataset = queries_of(30)
+    good = scores_of([1] * 30) + np.repeat(generator.standard_normal(30), ROWS)
+    bad = 3 * generator.standard_normal(150) + 2
+    report, _, after = judged(dataset, *((good, bad) if kept == "base" else (bad, good)))
+    assert np.array_equal(after["scores"], good) and 0.2 < report["after"]["best_f1"] < 1
+    relevant, taken = dataset.labels.numpy() == 1, sigmoid(good) >= report["threshold"]
+    assert 2 * (relevant & taken).sum() / (relevant.sum() + taken.sum()) == pytest.approx(report["after"]["best_f1"])
+
+
+def test_a_seed_gives_one_report(generator):
+    dataset = queries_of(30)
+    scores = generator.standard_normal((4, 30 * ROWS))
+    first, again, other = (judged(dataset, *scores, seed=seed)[0] for seed in (1, 1, 2))
+    assert first == again and first["delta"]["mean"] != other["delta"]["mean"]
+
+
+# ---- Mixtures --------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def weights():
+    """A model of tiny_reranker's size with a buffer of integers, base weights, and quite different ones."""
+    model = BertRerankerModel.from_pretrained(TINY)
+    model.register_buffer("position_ids", torch.arange(7))
+    base = host_copy(model)
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1e-3).add_(torch.randn(weight.shape, generator=noise))
+    return model, host_copy(model), base
+
+
+def bits_of(weights):
+    return {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
+
+
+def test_copies_of_the_weights_stay_as_they_were(weights):
+    model, fine_tuned, base = weights
+    before = bits_of(fine_tuned)
+    assert before.keys() == bits_of(base).keys() and before != bits_of(base)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    assert bits_of(fine_tuned) == before
+
+
+@pytest.mark.parametrize("share", [0, 0.0, 1, 1.0])
+def test_a_share_of_0_or_1_gives_the_fine_tuned_or_the_base_weights_to_the_bit(weights, share):
+    model, fine_tuned, base = weights
+    set_weights(model, fine_tuned, base, 1.0 - share)
+    set_weights(model, fine_tuned, base, share)  # whatever stood there
+    assert bits_of(model.state_dict()) == bits_of(base if share else fine_tuned)
+
+
+def test_a_share_between_mixes_every_weight_and_keeps_integers(weights):
+    model, fine_tuned, base = weights
+    for share in (0.25, 0.75):
+        set_weights(model, fine_tuned, base, share)
+        for name, tensor in model.state_dict().items():
+            if name == "position_ids":
+                assert tensor.dtype == torch.int64 and tensor.tolist() == list(range(7))
+            else:
+                expected = (1 - share) * fine_tuned[name].double() + share * base[name].double()
+                torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_the_interval_is_the_one_whose_coverage_is_measured():
+    spec = importlib.util.spec_from_file_location("coverage_benchmark", ROOT / "benchmarks" / "coverage.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    generator = np.random.default_rng(0)
+    for zeros in (0, 0.9):
+        sample = generator.exponential(size=150) * (generator.random(150) >= zeros)
+        method = "symmetric bootstrap-t"
+        theirs = np.mean([benchmark.intervals(sample[None], generator)[method] for _ in range(20)], axis=0)
+        ours = np.mean([confidence_interval(sample, seed) for seed in range(10)], axis=0)
+        half = (ours[1] - ours[0]) / 2
+        assert ours == pytest.approx(theirs[:, 0], abs=0.03 * half)
+        student = 1.976 * sample.std(ddof=1) / np.sqrt(150)
+        assert zeros == 0 or half > 1.06 * student  # few differ, skewed: not Student's t
