@@ -852,6 +852,9 @@ def train(args):
     clock.append(time.perf_counter())
     say("Training finished! Saving model ...")
     report, best, after = judge(base, candidates, evaluations, eval_data, args) if eval_data else (None,) * 3
+    if report:
+        numbers = {f"eval/after/{key}": value for key, value in after["metrics"].items() if value is not None}
+        accelerator.log({**numbers, "eval/delta": report["delta"]["mean"] or 0.0}, step=len(history))
     if weights:
         set_weights(model, *weights, best["base_interpolation"])
     if IS_MAIN_PROCESS:

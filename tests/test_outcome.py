@@ -103,6 +103,8 @@ def test_the_log_holds_the_metrics_and_the_health_of_the_scores_at_each_evaluati
         if key in METRICS:
             values = [point[key] for point in run["report"]["history"]]
             assert [event.value for event in events] == pytest.approx(values, abs=1e-6)
+            assert log.Scalars(f"eval/after/{key}")[0].value == pytest.approx(run["report"]["after"][key], abs=1e-6)
+    assert log.Scalars("eval/delta")[0].value == pytest.approx(run["report"]["delta"]["mean"], abs=1e-6)
 
 
 def test_a_mixture_with_the_base_is_the_mean_of_the_weights(data, tmp_path):
