@@ -453,14 +453,14 @@ def lists_for(metric, lists, labels):
 
 
 def metric_values(metric, lists, labels, scores):
-    """Values [V] whose mean is the metric: one of each list; of average precision over pairs, which is no mean, pseudo-
-    values of a jackknife that leaves out each of up to 50 groups of queries in turn (Tukey 1958)."""
+    """Values [V] whose mean is the metric: one of each list; of average precision over pairs, which is no mean, centred
+    pseudo-values of a jackknife that leaves out each of up to 50 groups of queries in turn (Tukey 1958)."""
     if metric in RANKING:
         return np.array([RANKING[metric](labels[rows], scores[rows]) for rows in lists])
     groups = [np.concatenate(lists[first::50]) for first in range(min(50, len(lists)))]
     parts = [np.concatenate(groups), *(np.concatenate(groups[:out] + groups[out + 1 :]) for out in range(len(groups)))]
     whole, *rests = (average_precision(labels[rows], scores[rows]) for rows in parts)
-    return len(groups) * whole - (len(groups) - 1) * np.array(rests)
+    return whole + (len(groups) - 1) * (np.mean(rests) - rests)
 
 
 def sigmoid(logits):
