@@ -21,7 +21,7 @@ import time
 import zlib
 from collections import Counter
 from difflib import get_close_matches
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -320,16 +320,12 @@ def check_rows(train_rows, eval_rows, middle):
 
 
 class RerankDataset:
-    """N rows tokenised once: `encoded` pairs, `lengths` [N] in tokens, `labels` [N] in [0, 1], each query's `lists`."""
+    """N rows tokenised once: `encoded` pairs, `lengths` [N] in tokens, `labels` [N] in [0, 1]."""
 
     def __init__(self, rows, name, model, args):
         self.rows, self.encoded, cut, query_cut = rows, [], 0, 0
         scale = args["max_label"] - args["min_label"]
         self.labels = torch.tensor([(row[2] - args["min_label"]) / scale for row in rows])
-        lists = {row[0]: [] for row in rows}
-        for index, row in enumerate(rows):
-            lists[row[0]].append(index)
-        self.lists = list(map(np.array, lists.values()))
         for start in tqdm(range(0, len(rows), 1000), f"Tokenizing {name} data", disable=not (IS_MAIN_PROCESS and rows)):
             chunk = model.encode([row[:2] for row in rows[start : start + 1000]], args["max_len"])
             self.encoded += chunk[0]
@@ -337,6 +333,14 @@ class RerankDataset:
         self.lengths = np.array([len(ids) for ids, _ in self.encoded])
         if cut:
             say(f"Warning: max_len truncates {cut} {name} pairs ({cut / len(rows):.2%}), in {query_cut} the query too.")
+
+    @cached_property
+    def lists(self):
+        """The row numbers of each query's candidates: what evaluation needs, and training does not."""
+        lists = {row[0]: [] for row in self.rows}
+        for index, row in enumerate(self.rows):
+            lists[row[0]].append(index)
+        return list(map(np.array, lists.values()))
 
 
 # ---- Windows ---------------------------------------------------------------------------------------------------------
@@ -534,8 +538,8 @@ def cross_fit(base, candidates, metric, lists, labels, seed):
 
 
 def confidence_interval(differences, seed):
-    """95 % interval [low, high] of the mean of differences [V]: the symmetric bootstrap-t (Hall 1988), which holds its
-    coverage best (benchmarks/coverage.py); None where fewer than six differ from 0, since then no interval holds it."""
+    """95 % interval [low, high] of the mean of differences [V]: the symmetric bootstrap-t (Hall 1988), whose coverage
+    holds (benchmarks/coverage.py); None where fewer than six differ from 0, since then that of no interval does."""
     count, differing = len(differences), differences[np.abs(differences) > 1e-9]
     if len(differing) < 6:
         return None
@@ -551,8 +555,8 @@ def confidence_interval(differences, seed):
 
 
 def judge(base, candidates, evaluations, dataset, args):
-    """The report that eval_report.json holds, the best fine-tuned candidate, and what goes into final_model: it, unless
-    20 or more queries rank it below the base; then the base."""
+    """The report that eval_report.json holds, the best fine-tuned candidate, and what goes into final_model: it, or the
+    base if it ranks below that on average over 20 or more queries."""
     metric, labels = dataset.metric, dataset.labels.numpy()
     lists = lists_for(metric, dataset.lists, labels)
     is_enough = len(lists) >= 20 and (metric in RANKING or 20 <= (labels >= 0.5).sum() <= len(labels) - 20)
