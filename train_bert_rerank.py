@@ -21,7 +21,7 @@ import time
 import zlib
 from collections import Counter
 from difflib import get_close_matches
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -334,14 +334,6 @@ class RerankDataset:
         if cut:
             say(f"Warning: max_len truncates {cut} {name} pairs ({cut / len(rows):.2%}), in {query_cut} the query too.")
 
-    @cached_property
-    def lists(self):
-        """The row numbers of each query's candidates: what evaluation needs, and training does not."""
-        lists = {row[0]: [] for row in self.rows}
-        for index, row in enumerate(self.rows):
-            lists[row[0]].append(index)
-        return list(map(np.array, lists.values()))
-
 
 # ---- Windows ---------------------------------------------------------------------------------------------------------
 def cut_window(lengths, max_tokens, batch_cost):
@@ -447,40 +439,40 @@ RANKING = {"ndcg@10": ndcg_at_k, "mrr@10": mrr_at_k, "map": average_precision, "
 METRICS = (*RANKING, "average_precision", "best_f1")  # means over queries, then those over all pairs
 
 
-def lists_for(metric, lists, labels):
-    """The candidate lists (row numbers) that say something: for NDCG those with different labels, for other metrics of
-    a query those with relevant and irrelevant rows; for average precision, which is over pairs, all."""
-    if metric == "average_precision":
-        return lists if labels.min() < 0.5 <= labels.max() else []
-    spans = [(rows, labels[rows].min(), labels[rows].max()) for rows in lists]
-    return [rows for rows, low, high in spans if low < (high if metric == "ndcg@10" else 0.5) <= high]
+def candidate_lists(queries, labels):
+    """{metric: the candidate lists (row numbers [C] of a query) that say something of it}: those with different labels
+    for NDCG, with relevant and irrelevant rows for the other metrics of a ranking, all for average precision."""
+    lists = {}
+    for index, query in enumerate(queries):
+        lists.setdefault(query, []).append(index)
+    lists = list(map(np.array, lists.values()))
+    graded = [rows for rows in lists if labels[rows].min() < labels[rows].max()]
+    binary = [rows for rows in lists if 0 < (labels[rows] >= 0.5).sum() < len(rows)]
+    pairs = lists if 0 < (labels >= 0.5).sum() < len(labels) else []
+    return {"all": lists, "ndcg@10": graded, "mrr@10": binary, "map": binary, "hit@1": binary,
+            "average_precision": pairs}
 
 
 def metric_values(metric, lists, labels, scores):
     """Values [V] whose mean is the metric: one of each list; of average precision over pairs, which is no mean, centred
-    pseudo-values of a jackknife that leaves out each of up to 50 groups of queries in turn (Tukey 1958)."""
+    pseudo-values of a jackknife that leaves out each of up to 100 groups of queries in turn (Tukey 1958)."""
     if metric in RANKING:
         return np.array([RANKING[metric](labels[rows], scores[rows]) for rows in lists])
-    groups = [np.concatenate(lists[first::50]) for first in range(min(50, len(lists)))]
+    groups = [np.concatenate(lists[first::100]) for first in range(min(100, len(lists)))]
     parts = [np.concatenate(groups), *(np.concatenate(groups[:out] + groups[out + 1 :]) for out in range(len(groups)))]
     whole, *rests = (average_precision(labels[rows], scores[rows]) for rows in parts)
     return whole + (len(groups) - 1) * (np.mean(rests) - rests)
 
 
-def sigmoid(logits):
-    """Probabilities; in this form nothing overflows."""
-    return (1 + np.tanh(logits / 2)) / 2
-
-
 def measure(lists, labels, scores):
     """All metrics, and the health of the probabilities: "spread", highest less lowest of a query, on average; share
     "saturated", < 0.01 or > 0.99; means of "relevant" and "irrelevant" rows. None where no rows say anything."""
-    values = {metric: metric_values(metric, lists_for(metric, lists, labels), labels, scores) for metric in RANKING}
-    if lists_for("average_precision", lists, labels):
+    values = {metric: metric_values(metric, lists[metric], labels, scores) for metric in RANKING}
+    if lists["average_precision"]:
         values |= {"average_precision": average_precision(labels, scores), "best_f1": best_f1(labels, scores)[0]}
-    probabilities = sigmoid(scores)
-    health = {"spread": [np.ptp(probabilities[rows]) for rows in lists if len(rows) > 1] or np.ptp(probabilities),
-              "saturated": np.abs(probabilities - 0.5) > 0.49,
+    probabilities = torch.from_numpy(scores).sigmoid().numpy()
+    spreads = [np.ptp(probabilities[rows]) for rows in lists["all"] if len(rows) > 1]
+    health = {"spread": spreads or np.ptp(probabilities), "saturated": np.abs(probabilities - 0.5) > 0.49,
               "relevant": probabilities[labels >= 0.5], "irrelevant": probabilities[labels < 0.5]}
     means = {key: float(np.mean(each)) if np.size(each) else None for key, each in {**values, **health}.items()}
     return {key: means.get(key) for key in METRICS}, {key: means[key] for key in health}
@@ -488,15 +480,17 @@ def measure(lists, labels, scores):
 
 def evaluate(accelerator, model, dataset, args, step=0, epoch=0, base_interpolation=0.0):
     """Score `dataset`, say and log what came out, warn where it looks ill. Returns a candidate: {"step", "epoch",
-    "base_interpolation", "scores": logits [N], "metrics", "quality"}; quality is -inf where something is not finite."""
+    "base_interpolation", "scores": logits [N], "metrics", "values" [V] and "quality", their mean, of dataset.metric};
+    where weights or scores are not finite, metrics are None and the quality is -inf."""
     logits = model.score(dataset.encoded, args["batch_size"] * args["max_len"], IS_MAIN_PROCESS, accelerator)
-    scores = logits.cpu().double().numpy()
+    scores, labels = logits.cpu().double().numpy(), dataset.labels.numpy()
     name = f"Step {step}, epoch {epoch}" if step else args["model_name_or_path"]
     name += f", mixed with {base_interpolation:.0%} of the base" if base_interpolation else ""
-    metrics, quality, ill = dict.fromkeys(METRICS), -math.inf, "weights or scores are not finite"
+    found, ill = {"metrics": dict.fromkeys(METRICS), "quality": -math.inf}, "weights or scores are not finite"
     if np.isfinite(scores).all() and all(weight.isfinite().all() for weight in model.parameters()):
-        metrics, health = measure(dataset.lists, dataset.labels.numpy(), scores)
-        quality = round(metrics[dataset.metric], 9)  # so that rounding decides nothing
+        metrics, health = measure(dataset.lists, labels, scores)
+        values = metric_values(dataset.metric, dataset.lists[dataset.metric], labels, scores)
+        found = {"metrics": metrics, "values": values, "quality": round(values.mean(), 9)}  # rounding decides nothing
         numbers = {key: value for key, value in {**metrics, **health}.items() if value is not None}
         say(f"{name}: " + ", ".join(f"{key} {numbers[key]:.4f}" for key in (dataset.metric, *health) if key in numbers))
         if not base_interpolation:
@@ -506,35 +500,30 @@ def evaluate(accelerator, model, dataset, args, step=0, epoch=0, base_interpolat
     if ill and (step or not model.new_weights):
         say(f"!!! WARNING !!! {name}: {ill}. Likely causes: labels swapped or constant, wrong min_label or max_label"
             + f", lr {args['lr']} too high" * (step > 0))
-    return {"step": step, "epoch": epoch, "base_interpolation": base_interpolation, "scores": scores,
-            "metrics": metrics, "quality": quality}
+    return {"step": step, "epoch": epoch, "base_interpolation": base_interpolation, "scores": scores, **found}
 
 
 def host_copy(model):
     """A copy of the weights in host memory."""
-    return {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    return {name: weight.detach().to("cpu", copy=True) for name, weight in model.named_parameters()}
 
 
 def set_weights(model, fine_tuned, base, base_interpolation):
     """Put (1 − w) · fine-tuned + w · base weights into `model`, one tensor after the other (WiSE-FT, Wortsman et al.
     2022; LM-Cocktail, Xiao et al. 2024). 0 and 1 give exactly the one and the other."""
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            mixes = tensor.is_floating_point()  # some models keep integer position ids
-            tensor.copy_(torch.lerp(fine_tuned[name], base[name], base_interpolation) if mixes else base[name])
+        for name, weight in model.named_parameters():
+            weight.copy_(torch.lerp(fine_tuned[name], base[name], base_interpolation))
 
 
-def cross_fit(base, candidates, metric, lists, labels, seed):
-    """Differences [V] of the metric between best candidate and base: chosen on one half of the queries, measured on the
-    other, and the reverse, since the queries that chose it flatter it. None [0] for fewer than four queries."""
-    if len(lists) < 4:
-        return np.array([])
-    order = np.random.default_rng(seed).permutation(len(lists))
-    halves = [[lists[index] for index in order[first::2]] for first in (0, 1)]
-    before, *values = ([metric_values(metric, half, labels, candidate["scores"]) for half in halves]
-                       for candidate in (base, *candidates))
-    best = [max(values, key=lambda of_halves, half=half: round(of_halves[half].mean(), 9)) for half in (0, 1)]
-    return np.concatenate([best[1 - half][half] - before[half] for half in (0, 1)])
+def cross_fit(base, candidates, seed):
+    """Differences [V] of the metric's values between best candidate and base: chosen on one half of the queries,
+    measured on the other, and the reverse, since the queries that chose it flatter it."""
+    differences = np.array([candidate["values"] - base["values"] for candidate in candidates])  # [candidates, V]
+    order = np.random.default_rng(seed).permutation(len(base["values"]))
+    halves = order[0::2], order[1::2]
+    best = [differences[:, half].mean(axis=1).round(9).argmax() for half in halves]  # of equals the first
+    return np.append(differences[best[1], halves[0]], differences[best[0], halves[1]])
 
 
 def confidence_interval(differences, seed):
@@ -554,30 +543,33 @@ def confidence_interval(differences, seed):
     return [float(mean - quantile * error), float(mean + quantile * error)]
 
 
-def judge(base, candidates, evaluations, dataset, args):
-    """The report that eval_report.json holds, the best fine-tuned candidate, and what goes into final_model: it, or the
-    base if it ranks below that on average over 20 or more queries."""
-    metric, labels = dataset.metric, dataset.labels.numpy()
-    lists = lists_for(metric, dataset.lists, labels)
-    is_enough = len(lists) >= 20 and (metric in RANKING or 20 <= (labels >= 0.5).sum() <= len(labels) - 20)
-    fine_tuned = max(candidates, key=lambda candidate: candidate["quality"])  # of equals the first: the less mixed
-    is_worse = is_enough and args["load_best_model_at_end"] and fine_tuned["quality"] < base["quality"]
-    after = base if is_worse else fine_tuned
-    differences = cross_fit(base, candidates, metric, lists, labels, args["seed"])
+def judge(candidates, dataset, args):
+    """Of the candidates, the base first: the report that eval_report.json holds, the best fine-tuned one, and what goes
+    into final_model: it, or the base if it ranks below that on average over 20 or more queries."""
+    base, *tuned = candidates
+    tuned = [each for each in (tuned if args["load_best_model_at_end"] else tuned[-1:]) if each["quality"] > -math.inf]
+    if not tuned and args["epochs"]:
+        raise UserError(f"training left no finite weights: lower lr {args['lr']}, or mixed_precision no")
+    best = max(tuned or [base], key=lambda candidate: candidate["quality"])  # of equals the first: the less mixed
+    metric, labels, queries = dataset.metric, dataset.labels.numpy(), len(dataset.lists[dataset.metric])
+    is_enough = queries >= 20 and (metric in RANKING or 20 <= (labels >= 0.5).sum() <= len(labels) - 20)
+    after = base if is_enough and args["load_best_model_at_end"] and best["quality"] < base["quality"] else best
+    differences = cross_fit(base, tuned or [base], args["seed"]) if queries >= 4 else np.array([])
     up, down = ((sign * differences > 1e-9).sum().item() if metric in RANKING else None for sign in (1, -1))
     interval = confidence_interval(differences, args["seed"]) if is_enough else None
     low, high = interval or (None, None)
     report = {
-        "dataset": dataset.rows[0][3], "queries": len(lists), "queries_left_out": len(dataset.lists) - len(lists),
-        "metric": metric, "before": base["metrics"], "after": after["metrics"], "fine_tuned": fine_tuned["metrics"],
-        "delta": {"mean": float(differences.mean()) if len(differences) else None, "ci95": interval,
+        "dataset": dataset.rows[0][3], "queries": queries, "queries_left_out": len(dataset.lists["all"]) - queries,
+        "metric": metric, "before": base["metrics"], "after": after["metrics"], "fine_tuned": best["metrics"],
+        "delta": {"mean": float(differences.mean()) if queries >= 4 else None, "ci95": interval,
                   "queries_up": up, "queries_down": down},
         "verdict": "too few" if not interval else "better" if low > 0 else "worse" if high < 0 else "unclear",
-        "threshold": float(sigmoid(best_f1(labels, after["scores"])[1])),
-        "history": [{"step": each["step"], "epoch": each["epoch"], **each["metrics"]} for each in (base, *evaluations)],
+        "threshold": torch.tensor(best_f1(labels, after["scores"])[1]).sigmoid().item(),
+        "history": [{"step": each["step"], "epoch": each["epoch"], **each["metrics"]} for each in candidates
+                    if not each["base_interpolation"]],
         "chosen": "base" if after is base else {key: after[key] for key in ("step", "base_interpolation")},
     }
-    return report, fine_tuned, after
+    return report, best, after
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -593,92 +585,85 @@ def fit_bias(accelerator, model, dataset, max_tokens):
     loss, shift the head's bias: no ranking changes, but the first steps would spend their gradient on that offset."""
     stride = math.ceil(len(dataset.rows) / 256)
     logits = model.score(dataset.encoded[::stride], max_tokens, accelerator=accelerator).cpu().double()
-    low, high, target = -100.0, 100.0, dataset.labels[::stride].mean().clamp(0.01, 0.99).item()
-    while high - low > 1e-6:  # bisection: the mean probability is to be the mean label
-        middle = (low + high) / 2
-        low, high = (middle, high) if (logits + middle).sigmoid().mean() < target else (low, middle)
-    if abs(low) > 2:
-        say(f"The logits stand {-low:+.1f} off the labels: the head's bias is shifted by {low:+.1f} before training.")
+    shifts, target = torch.arange(-100, 100, 0.1).double(), dataset.labels[::stride].mean().clamp(0.01, 0.99)
+    shift = shifts[((logits[:, None] + shifts).sigmoid().mean(0) - target).abs().argmin()].item()
+    if abs(shift) > 2:
+        say(f"The logits stand {-shift:+.1f} off the labels: the head's bias is shifted by as much before training.")
         heads = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer.out_features == 1]
-        heads[-1].bias.data += low
+        heads[-1].bias.data += shift
 
 
-def run_steps(accelerator, model, optimizer, dataset, row_sums, samples_per_step, total_steps, args):
-    """The training loop: a step takes the mean BCE over exactly the samples of its window, over all processes. Yields
-    (step, epoch, loss, learning rate) and pairs per second so far after each optimizer step. Adds to `row_sums` [N, 2]
-    what training sees anyway: each row's probability, and 1."""
-    processes, collate = accelerator.num_processes, accelerator.unwrap_model(model).collate
+def train_window(accelerator, model, dataset, window_size, micro_batches, row_sums):
+    """Backpropagate the mean BCE over exactly the samples of a window, over all processes; returns this process's part
+    of it. Adds to `row_sums` [N, 2] what training sees anyway: each row's probability, and 1."""
+    collate, loss_sum = accelerator.unwrap_model(model).collate, torch.zeros((), device=accelerator.device)
+    # DDP needs a backward of every process: one without a sample of the window takes a row that weighs nothing.
+    weights = [len(indices) / window_size for indices in micro_batches] or [0.0]
+    for number, indices in enumerate(micro_batches or [np.array([0])], start=1):
+        # Gradients are exchanged once a window, with the last micro-batch; DDP takes their mean over processes.
+        model.require_backward_grad_sync = number == len(weights)
+        output = model(collate([dataset.encoded[index] for index in indices]), dataset.labels[indices])
+        loss = output["loss"] * weights[number - 1]
+        accelerator.backward(loss * accelerator.num_processes)
+        loss_sum += loss.detach()
+        if micro_batches:
+            row_sums[indices] += torch.nn.functional.pad(output["logits"].detach().sigmoid(), (0, 1), value=1)
+    return loss_sum
+
+
+def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, candidates, args):
+    """Train; evaluate at each epoch's end or every `eval_steps`, then mixtures of the best weights with the base's, and
+    append each to `candidates`, [base]. Returns (step, epoch, loss, learning rate) of each step, row_sums, and (best
+    weights, base weights) in host memory, None where the last weights are kept."""
+    model, processes = accelerator.unwrap_model(wrapped), accelerator.num_processes
+    max_tokens = args["batch_size"] * args["max_len"]
+    samples_per_step = args["batch_size"] * args["gradient_accumulation_steps"] * processes
+    steps_per_epoch = math.ceil(len(train_data.rows) / samples_per_step)
+    total_steps, due = args["epochs"] * steps_per_epoch, args["eval_steps"] or steps_per_epoch
+    base_weights = host_copy(model) if eval_data and args["load_best_model_at_end"] else None
+    fit_bias(accelerator, model, train_data, max_tokens)
+    history, best, best_weights = [], 0, None  # candidates[best] is the best of training, 0 none yet
+    row_sums = torch.zeros(len(train_data.rows), 2, device=accelerator.device)
     seen, seconds, order = 0, 0.0, torch.Generator().manual_seed(args["seed"])
     windows = ((epoch, *window) for epoch in range(1, args["epochs"] + 1) for window in epoch_windows(
-        dataset.lengths, samples_per_step, order, processes, accelerator.process_index,
-        max_tokens=args["batch_size"] * args["max_len"], batch_cost=MICRO_BATCH_COST[accelerator.device.type]))
+        train_data.lengths, samples_per_step, order, processes, accelerator.process_index, max_tokens=max_tokens,
+        batch_cost=MICRO_BATCH_COST[accelerator.device.type]))
+    bar = tqdm(desc="Training", total=total_steps, disable=not IS_MAIN_PROCESS)
     for step, (epoch, window_size, micro_batches) in enumerate(windows, start=1):
         started = time.perf_counter()
         model.train()
-        # DDP needs a backward of every process: one without a sample of the window takes a row that weighs nothing.
-        weights = [len(indices) / window_size for indices in micro_batches] or [0.0]
-        window_loss = torch.zeros((), device=accelerator.device)
-        for number, indices in enumerate(micro_batches or [np.array([0])], start=1):
-            # Gradients are exchanged once a window, with the last micro-batch; DDP takes their mean over processes.
-            model.require_backward_grad_sync = number == len(weights)
-            output = model(collate([dataset.encoded[index] for index in indices]), dataset.labels[indices])
-            loss = output["loss"] * weights[number - 1]
-            accelerator.backward(loss * processes)
-            window_loss += loss.detach()
-            if micro_batches:
-                row_sums[indices] += torch.nn.functional.pad(output["logits"].detach().sigmoid(), (0, 1), value=1)
+        window_loss = train_window(accelerator, wrapped, train_data, window_size, micro_batches, row_sums)
         lr = learning_rate(step, total_steps, args["lr"], args["warmup_proportion"])
         for group in optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), args["max_grad_norm"] or math.inf).item()
+        grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), args["max_grad_norm"] or math.inf).item()
         optimizer.step()
         optimizer.zero_grad()
         loss = accelerator.reduce(window_loss, "sum").item()
         if not math.isfinite(loss):
             raise UserError(f"the loss of step {step} is {loss}: lower lr {args['lr']}, or mixed_precision no")
         accelerator.log({"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}, step=step)
+        history.append((step, epoch, loss, lr))
         seen, seconds = seen + window_size, seconds + time.perf_counter() - started
-        yield (step, epoch, loss, lr), seen / seconds
-
-
-def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, args):
-    """Train; evaluate at each epoch's end or every `eval_steps`, then mixtures of the best weights with the base's.
-    Returns (step, epoch, loss, learning rate) of each step, row_sums, all evaluations, the candidates for final_model,
-    and (best weights, base weights) in host memory, None where the last weights are kept."""
-    model = accelerator.unwrap_model(wrapped)
-    samples_per_step = args["batch_size"] * args["gradient_accumulation_steps"] * accelerator.num_processes
-    steps_per_epoch = math.ceil(len(train_data.rows) / samples_per_step)
-    total_steps, due = args["epochs"] * steps_per_epoch, args["eval_steps"] or steps_per_epoch
-    base_weights = host_copy(model) if eval_data and args["load_best_model_at_end"] else None
-    fit_bias(accelerator, model, train_data, args["batch_size"] * args["max_len"])
-    history, evaluations, best, best_weights = [], [], 0, None  # evaluations[best] is the best
-    row_sums = torch.zeros(len(train_data.rows), 2, device=accelerator.device)
-    steps = run_steps(accelerator, wrapped, optimizer, train_data, row_sums, samples_per_step, total_steps, args)
-    with tqdm(desc="Training", total=total_steps, disable=not IS_MAIN_PROCESS) as bar:
-        for (step, epoch, loss, lr), speed in steps:
-            history.append((step, epoch, loss, lr))
-            if eval_data and (step % due == 0 or step == total_steps):
-                evaluations.append(evaluate(accelerator, model, eval_data, args, step, epoch))
-                best = int(np.argmax([each["quality"] for each in evaluations]))  # of equals the first
-                if base_weights and best == len(evaluations) - 1:
-                    best_weights = None  # the former go before the new ones come
-                    best_weights = host_copy(model)
-            newest = f", {eval_data.metric} {evaluations[-1]['quality']:.4f}" if evaluations else ""
-            bar.set_postfix_str(f"epoch {epoch}/{args['epochs']}, loss {loss:.4f}, lr {lr:.2e}, "
-                                f"{speed:.1f} pairs/s{newest}")
-            bar.update()
-            if len(evaluations) - 1 - best >= (args["early_stopping_patience"] or math.inf):
-                bar.total = step  # nothing is left to do
-                break
-    candidates = evaluations if base_weights else evaluations[-1:]
+        if eval_data and (step % due == 0 or step == total_steps):
+            candidates.append(evaluate(accelerator, model, eval_data, args, step, epoch))
+            best = 1 + int(np.argmax([each["quality"] for each in candidates[1:]]))  # of equals the first
+            if base_weights and best == len(candidates) - 1:
+                best_weights = None  # the former go before the new ones come
+                best_weights = host_copy(model)
+        newest = f", {eval_data.metric} {candidates[-1]['quality']:.4f}" if eval_data else ""
+        bar.set_postfix_str(f"epoch {epoch}/{args['epochs']}, loss {loss:.4f}, lr {lr:.2e}, "
+                            f"{seen / seconds:.1f} pairs/s{newest}")
+        bar.update()
+        if len(candidates) - 1 - best >= (args["early_stopping_patience"] or math.inf):
+            bar.total = step  # nothing is left to do
+            break
+    bar.close()
     for mix in args["base_interpolation"] if base_weights and not model.new_weights else ():
         set_weights(model, best_weights, base_weights, mix)
-        step, epoch = evaluations[best]["step"], evaluations[best]["epoch"]
-        candidates = [*candidates, evaluate(accelerator, model, eval_data, args, step, epoch, mix)]
-    candidates = [candidate for candidate in candidates if candidate["quality"] > -math.inf]
-    if eval_data and not candidates:
-        raise UserError(f"training left no finite weights: lower lr {args['lr']}, or mixed_precision no")
-    return history, row_sums, evaluations, candidates, base_weights and (best_weights, base_weights)
+        step, epoch = candidates[best]["step"], candidates[best]["epoch"]
+        candidates.append(evaluate(accelerator, model, eval_data, args, step, epoch, mix))
+    return history, row_sums, base_weights and (best_weights, base_weights)
 
 
 def draw_loss_curve(history, report, path):
@@ -714,7 +699,7 @@ def write_evaluation(folder, dataset, report, scores):
     from matplotlib.figure import Figure
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "eval_report.json").write_text(text, encoding="utf-8")
-    columns = [sigmoid(logits) for logits in scores.values()]  # probabilities
+    columns = [torch.from_numpy(logits).sigmoid().numpy() for logits in scores.values()]  # probabilities
     with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
         for row, before, after in zip(dataset.rows, columns[0].tolist(), columns[-1].tolist(), strict=True):
             row = dict(zip(("query", "content", "label"), row, strict=False), score_before=before, score_after=after)
@@ -788,8 +773,8 @@ def prepare(args, run_dir):
         base_sha256.update(weight.numpy())
     train_data, eval_data = (RerankDataset(*part, model, args) for part in ((train_rows, "train"), (eval_rows, "eval")))
     wanted = args["metric_for_best_model"].replace("auto", "ndcg@10 average_precision").split()
-    possible = (m for m in wanted if eval_rows and lists_for(m, eval_data.lists, eval_data.labels.numpy()))
-    eval_data.metric = next(possible, None)
+    eval_data.lists = candidate_lists([query for query, *_ in eval_rows], eval_data.labels.numpy())
+    eval_data.metric = next((metric for metric in wanted if eval_data.lists[metric]), None)
     if not eval_data.metric and (eval_rows or not args["epochs"]):
         message = f"there are no eval rows with labels to measure {' or '.join(wanted)} by"
         if args["eval_dataset"] != "auto" or not args["epochs"]:
@@ -842,7 +827,7 @@ def train(args):
     if base and base["quality"] == -math.inf:
         raise UserError(f"{args['model_name_or_path']} as it is gives no finite scores; try mixed_precision no")
     if not args["epochs"]:
-        report, *_ = judge(base, [base], [], eval_data, args)
+        report, *_ = judge([base], eval_data, args)
         if IS_MAIN_PROCESS:
             write_evaluation(run_dir, eval_data, report, {args["model_name_or_path"]: base["scores"]})
         say_verdict(report, args)
@@ -850,12 +835,12 @@ def train(args):
     torch.manual_seed(args["seed"] + accelerator.process_index)  # each process drops out on its own
     clock.append(time.perf_counter())
     say(f"Start training for {args['epochs']} epochs ...")
-    history, row_sums, evaluations, candidates, weights = fine_tune(
-        accelerator, wrapped, optimizer, train_data, eval_data, args)
+    candidates = [base]
+    history, row_sums, weights = fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, candidates, args)
     row_sums = accelerator.reduce(row_sums, "sum")
     clock.append(time.perf_counter())
     say("Training finished! Saving model ...")
-    report, best, after = judge(base, candidates, evaluations, eval_data, args) if eval_data else (None,) * 3
+    report, best, after = judge(candidates, eval_data, args) if eval_data else (None,) * 3
     if report:
         numbers = {f"eval/after/{key}": value for key, value in after["metrics"].items() if value is not None}
         accelerator.log({**numbers, "eval/delta": report["delta"]["mean"] or 0.0}, step=len(history))

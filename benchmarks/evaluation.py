@@ -68,11 +68,11 @@ def interpolation(options):
             fine_tune(train_rows, eval_rows, **{**settings, "lr": settings["lr"] * factor, "epochs": epochs,
                                                 "eval_steps": eval_steps, "seed": seed,
                                                 "base_interpolation": [0.25, 0.5, 0.75]})  # fmt: skip
-            base, candidates, evaluations, dataset, _ = seen.pop()
-            labels, ndcg = dataset.labels.numpy(), [each["metrics"]["ndcg@10"] for each in candidates]
-            lists, count = product.lists_for("ndcg@10", dataset.lists, labels), len(evaluations)
-            changes.append([np.mean([product.cross_fit(base, among, "ndcg@10", lists, labels, split).mean()
-                                     for split in range(20)]) for among in (candidates[:count], candidates)])
+            (base, *candidates), *_ = seen.pop()
+            ndcg = [each["metrics"]["ndcg@10"] for each in candidates]
+            count = sum(each["base_interpolation"] == 0 for each in candidates)
+            changes.append([np.mean([product.cross_fit(base, among, split).mean() for split in range(20)])
+                            for among in (candidates[:count], candidates)])
             mixed = " ".join(f"{each:.4f}" for each in ndcg[count:])
             print(f"| {name}, {epochs} epochs | {seed} | {base['metrics']['ndcg@10']:.4f} | {ndcg[count - 1]:.4f} | "
                   f"{max(ndcg[:count]):.4f} | {mixed} | {changes[-1][0]:+.4f} | {changes[-1][1]:+.4f} |", flush=True)

@@ -6,7 +6,6 @@ import ir_measures
 import numpy as np
 import pytest
 from ir_measures import AP, RR, P, nDCG
-from scipy.special import expit
 from sklearn.metrics import average_precision_score, f1_score, ndcg_score, precision_recall_curve
 
 from train_bert_rerank import (
@@ -14,12 +13,11 @@ from train_bert_rerank import (
     RANKING,
     average_precision,
     best_f1,
-    lists_for,
+    candidate_lists,
     measure,
     metric_values,
     mrr_at_k,
     ndcg_at_k,
-    sigmoid,
     tie_groups,
 )
 
@@ -36,8 +34,19 @@ def lists_of(sizes):
     return np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
 
 
+def for_metrics(lists, labels):
+    """The lists of each metric where the rows of each query are `lists`."""
+    queries = np.concatenate([np.full(len(rows), number) for number, rows in enumerate(lists)])
+    return candidate_lists(queries[np.argsort(np.concatenate(lists))].tolist(), labels)
+
+
+def measured(lists, labels, scores):
+    labels = np.array(labels, dtype=float)
+    return measure(for_metrics(lists, labels), labels, np.array(scores, dtype=float))
+
+
 def metrics_of(lists, labels, scores):
-    return measure(lists, np.array(labels, dtype=float), np.array(scores, dtype=float))[0]
+    return measured(lists, labels, scores)[0]
 
 
 # ---- Outside references ----------------------------------------------------------------------------------------------
@@ -93,12 +102,6 @@ def test_the_threshold_stands_midway_between_the_rows_that_it_parts():
     assert best_f1(np.array([0.0, 1, 0, 1]), np.array([0.0, 3, -4, 2])) == (1.0, 1.0)
     assert best_f1(np.array([0.0, 1, 0, 1]), np.array([2.0, 2, -4, 2])) == (0.8, -1.0)
     assert best_f1(np.array([0.0, 1]), np.array([4.0, 3])) == (pytest.approx(2 / 3), -np.inf)  # all rows are above
-
-
-def test_probabilities_are_the_sigmoid_of_scores_and_nothing_overflows(generator):
-    scores = np.append(8 * generator.standard_normal(50), [-1e4, 0, 1e4, -np.inf])
-    with np.errstate(over="raise", invalid="raise"):
-        assert sigmoid(scores) == pytest.approx(expit(scores), abs=1e-15)
 
 
 # ---- Ties ------------------------------------------------------------------------------------------------------------
@@ -214,8 +217,8 @@ def test_shuffling_the_file_changes_neither_metrics_nor_health(generator):
     queries, labels = np.repeat(np.arange(9), 5), generator.random(45).round(1)
     scores, order = generator.integers(-3, 4, 45).astype(float), generator.permutation(45)
     lists, shuffled = ([np.flatnonzero(ids == query) for query in range(9)] for ids in (queries, queries[order]))
-    after = measure(shuffled, labels[order], scores[order])
-    for ours, theirs in zip(measure(lists, labels, scores), after, strict=True):
+    after = measured(shuffled, labels[order], scores[order])
+    for ours, theirs in zip(measured(lists, labels, scores), after, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-12) and None not in ours.values()
 
 
@@ -225,14 +228,21 @@ def test_each_metric_takes_the_queries_that_say_something_about_it():
     mixed, relevant, single, irrelevant, alike, graded, close = lists = lists_of([2, 2, 1, 2, 2, 2, 2])
 
     def kept(metric):
-        return [rows.tolist() for rows in lists_for(metric, lists, labels)]
+        return [rows.tolist() for rows in for_metrics(lists, labels)[metric]]
 
     assert kept("ndcg@10") == [rows.tolist() for rows in (mixed, irrelevant, graded, close)]
     for metric in ("mrr@10", "map", "hit@1"):
         assert kept(metric) == [mixed.tolist(), close.tolist()]
-    assert kept("average_precision") == [rows.tolist() for rows in lists]
+    assert kept("average_precision") == kept("all") == [rows.tolist() for rows in lists]
     for same in ([0.5, 0.75, 1], [0.25, 0, 0.49]):  # pairs that are all relevant, or all irrelevant
-        assert lists_for("average_precision", lists_of([2, 1]), np.array(same)) == []
+        assert for_metrics(lists_of([2, 1]), np.array(same))["average_precision"] == []
+    assert not any(candidate_lists([], np.array([])).values())
+
+
+def test_a_querys_rows_are_one_list_wherever_they_stand_in_the_file():
+    lists = candidate_lists(["b", "a", "b", "c", "a"], np.array([1, 0, 0, 1, 1]))
+    assert [rows.tolist() for rows in lists["all"]] == [[0, 2], [1, 4], [3]]
+    assert [rows.tolist() for rows in lists["map"]] == [[0, 2], [1, 4]]
 
 
 def test_queries_that_say_nothing_change_no_metric_of_queries():
@@ -262,7 +272,7 @@ def test_what_cannot_be_measured_is_none(sizes, labels, measured):
 
 def health_of(sizes, labels, probabilities):
     probabilities = np.array(probabilities)
-    return measure(lists_of(sizes), np.array(labels, dtype=float), np.log(probabilities / (1 - probabilities)))[1]
+    return measured(lists_of(sizes), labels, np.log(probabilities / (1 - probabilities)))[1]
 
 
 def test_health_is_that_computed_by_hand():
@@ -282,25 +292,31 @@ def test_health_of_rows_that_are_their_querys_only_ones_takes_their_spread_over_
     assert health_of([2], [1, 1], [0.2, 0.6])["irrelevant"] is None
 
 
+def test_scores_beyond_what_a_probability_can_tell_overflow_nothing():
+    with np.errstate(over="raise", invalid="raise"):
+        health = measured([np.arange(3)], [1, 0, 0], [1e4, -1e4, 0])[1]
+    assert health == {"spread": 1, "saturated": pytest.approx(2 / 3), "relevant": 1, "irrelevant": 0.25}
+
+
 # ---- Values whose mean is the metric ---------------------------------------------------------------------------------
 def test_the_mean_of_a_query_metrics_values_is_what_measure_says(generator):
     lists, labels, scores = lists_of([4] * 30), generator.integers(0, 5, 120) / 4, generator.standard_normal(120)
     metrics = metrics_of(lists, labels, scores)
     for metric in RANKING:
-        kept = lists_for(metric, lists, labels)
+        kept = for_metrics(lists, labels)[metric]
         values = metric_values(metric, kept, labels, scores)
         assert len(values) == len(kept) and values.mean() == pytest.approx(metrics[metric])
-        assert values[2] == pytest.approx(metrics_of(kept[2:3], labels, scores)[metric])
+        assert values[2] == pytest.approx(metrics_of([np.arange(4)], labels[kept[2]], scores[kept[2]])[metric])
 
 
-@pytest.mark.parametrize("queries", [7, 50, 120])
+@pytest.mark.parametrize("queries", [7, 100, 220])
 def test_the_values_of_average_precision_are_the_pseudo_values_of_leaving_out_a_group_of_queries(generator, queries):
     sizes = generator.integers(1, 6, queries)
     lists, total = lists_of(sizes), sum(sizes)
     labels, scores = generator.integers(0, 2, total).astype(float), generator.permutation(total) / 9
-    groups, expected = min(queries, 50), []
+    groups, expected = min(queries, 100), []
     for out in range(groups):
-        rest = np.concatenate([rows for number, rows in enumerate(lists) if number % 50 != out])
+        rest = np.concatenate([rows for number, rows in enumerate(lists) if number % 100 != out])
         of_rest = average_precision_score(labels[rest], scores[rest])
         expected.append(groups * average_precision_score(labels, scores) - (groups - 1) * of_rest)
     values = metric_values("average_precision", lists, labels, scores)

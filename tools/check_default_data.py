@@ -17,7 +17,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from train_bert_rerank import measure  # noqa: E402
+from train_bert_rerank import candidate_lists, measure  # noqa: E402
 
 TRAIN, EVAL = "default_train_data.jsonl", "default_eval_data.jsonl"
 
@@ -62,7 +62,7 @@ def main():
         queries, labels = [row["query"] for row in rows], np.array([row["label"] for row in rows], dtype=float)
         print(f"{name}: {len(rows)} rows, {int(labels.sum())} relevant, {len(set(queries))} queries, "
               f"{len({row['content'] for row in rows})} passages")
-        lists = [np.flatnonzero(np.array(queries) == query) for query in dict.fromkeys(queries)]
+        lists = candidate_lists(queries, labels)
         chance = 0.0
         for what, (scores, may_help) in scores_of(name, rows, files[TRAIN]).items():
             ndcg = measure(lists, labels, np.array(scores, dtype=float))[0]["ndcg@10"]
