@@ -7,7 +7,6 @@ import argparse
 import ast
 import gzip
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -22,22 +21,21 @@ import zlib
 from collections import Counter
 from difflib import get_close_matches
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import HfApi, errors, try_to_load_from_cache
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 ADVICE = 'Each line should be a JSON object in UTF-8: {"query": "…", "content": "…", "label": 1}'
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # torchrun and accelerate launch set RANK
 RESULTS = ["final_model", "fine_tuned_model", "logs", "loss_curve.png", "score_distribution.png", "eval_report.json",
            "predictions.jsonl", "rows_to_check.jsonl", "run.json"]  # in this order; run.json marks a finished run
-PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numpy")  # whose versions run.json holds
 MICRO_BATCH_COST = {"cpu": 16, "cuda": 256, "mps": 256}  # what one more micro-batch costs, in padded tokens
 
 
@@ -83,11 +81,9 @@ class BertRerankerModel(torch.nn.Module):
     """A cross-encoder with one logit per (query, document) pair, and its tokenizer.
     `new_weights` names what the checkpoint lacked (a plain encoder's head) and torch's random generator filled in.
     An encoded pair is (ids, boundary): int32 token ids with special tokens, and how many lie in the first segment."""
-
     def __init__(self, model, tokenizer, new_weights=()):
         super().__init__()
         self.model, self.tokenizer, self.new_weights = model, tokenizer, new_weights
-        self.loss = torch.nn.BCEWithLogitsLoss()
 
     @classmethod
     def from_pretrained(cls, model_name_or_path, revision=None, trust_remote_code=False):
@@ -96,19 +92,27 @@ class BertRerankerModel(torch.nn.Module):
         for local_only in (True, False):
             options["local_files_only"] = local_only
             try:
-                config = AutoConfig.from_pretrained(name, num_labels=1, **options)
                 tokenizer = AutoTokenizer.from_pretrained(name, **options)
                 if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers 5 makes one up without files
                     raise OSError("the files of its tokenizer are missing")
                 model, info = AutoModelForSequenceClassification.from_pretrained(
-                    name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+                    name, num_labels=1, ignore_mismatched_sizes=True, output_loading_info=True, **options)
                 break
             except Exception as error:  # the loaders raise a dozen types for files that are not what they expect
                 if Path(name).is_dir() or not local_only or not isinstance(error, OSError | ValueError):
                     raise UserError(f"cannot load {name}: {type(error).__name__}: {str(error)[:500]}") from error
-            check_hub(name, revision)
-        if config.is_encoder_decoder or not tokenizer.is_fast:
-            raise UserError(f"{name} is no BERT-family encoder with a fast tokenizer, but {config.model_type}.")
+            try:
+                HfApi().model_info(name, revision=revision, timeout=6)  # is it there, and does the hub answer soon?
+            except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+                raise UserError(f"{name} is no local folder; the hub says: {str(error).splitlines()[0]}") from error
+            except Exception as error:  # name resolution, proxy, TLS, timeout, offline mode
+                raise UserError(
+                    f"{name} is no folder, not in the cache, and the hub is out of reach ({type(error).__name__}).\n"
+                    "  - pass a local copy:       --model_name_or_path path/to/the/folder\n"
+                    "  - use a mirror of the hub: HF_ENDPOINT=https://hf-mirror.com python train_bert_rerank.py\n"
+                    "  - try without a download:  --model_name_or_path tiny_reranker") from error
+        if model.config.is_encoder_decoder or not tokenizer.is_fast:
+            raise UserError(f"{name} is no BERT-family encoder with a fast tokenizer, but {model.config.model_type}.")
         new_weights = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
         lost = [key for key in new_weights if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
         if lost:
@@ -128,7 +132,7 @@ class BertRerankerModel(torch.nn.Module):
         usable = [each.num_embeddings - (0 if each.padding_idx is None else each.padding_idx + 1) for each in tables]
         return min(int(self.tokenizer.model_max_length), 10**9, *usable)
 
-    def encode(self, pairs, max_len):
+    def encode(self, pairs, max_len, bar_title=None):
         """Tokenise N (query, document) pairs to at most `max_len` tokens. The document is cut; a query only where it
         leaves no room, down to room for one token of the document. Returns [N encoded], pairs cut, queries cut."""
         tokenizer = self.tokenizer.backend_tokenizer  # transformers' "only_second" raises where the query is too long
@@ -136,30 +140,30 @@ class BertRerankerModel(torch.nn.Module):
         tokenizer.no_padding()
         room = max_len - tokenizer.num_special_tokens_to_add(is_pair=True)
         formats = [getattr(self.model.config, key, "{}") for key in ("query_format", "document_format")]
-        sides = [tokenizer.encode_batch([form.replace("{}", text) for text in texts], add_special_tokens=False)
-                 for form, texts in zip(formats, zip(*pairs, strict=True), strict=True)]
         encoded, cut, query_cut = [], 0, 0
-        for query, document in zip(*sides, strict=True):
-            if len(query) + len(document) > room:
-                cut, query_cut = cut + 1, query_cut + (len(query) >= room)
-                query.truncate(room - 1)
-                for spare in (room, 1, 0):  # in steps: a cut keeps the rest in pieces as short as what stays, thousands
-                    document.truncate(room - len(query) + spare)
-            pair = tokenizer.post_process(query, document)
-            encoded.append((np.array(pair.ids, dtype=np.int32), pair.type_ids.count(0)))
+        for start in tqdm(range(0, len(pairs), 1000), bar_title, disable=not (bar_title and pairs and IS_MAIN_PROCESS)):
+            sides = [tokenizer.encode_batch([form.replace("{}", text) for text in texts], add_special_tokens=False)
+                     for form, texts in zip(formats, zip(*pairs[start : start + 1000], strict=True), strict=True)]
+            for query, document in zip(*sides, strict=True):
+                if len(query) + len(document) > room:
+                    cut, query_cut = cut + 1, query_cut + (len(query) >= room)
+                    query.truncate(room - 1)
+                    for spare in (room, 1, 0):  # in steps: a cut keeps the rest too, in pieces as short as what stays
+                        document.truncate(room - len(query) + spare)
+                pair = tokenizer.post_process(query, document)
+                encoded.append((np.array(pair.ids, dtype=np.int32), pair.type_ids.count(0)))
         return encoded, cut, query_cut
 
     def collate(self, encoded):
         """Pad B encoded pairs to the longest of them: a dict of tensors [B, T]."""
-        lengths = np.array([[len(ids)] for ids, _ in encoded])
-        positions = np.arange(lengths.max())
-        input_ids = np.full((len(encoded), len(positions)), self.tokenizer.pad_token_id)
-        for row, (ids, _) in zip(input_ids, encoded, strict=True):
-            row[: len(ids)] = ids
-        batch = {"input_ids": input_ids, "attention_mask": positions < lengths}
+        lengths, boundaries = torch.tensor([(len(ids), boundary) for ids, boundary in encoded]).T[:, :, None]  # [B, 1]
+        rows = [torch.from_numpy(ids).long() for ids, _ in encoded]
+        input_ids = torch.nn.utils.rnn.pad_sequence(rows, True, self.tokenizer.pad_token_id)
+        positions = torch.arange(input_ids.shape[1])
+        batch = {"input_ids": input_ids, "attention_mask": (positions < lengths).long()}
         if "token_type_ids" in self.tokenizer.model_input_names:
-            batch["token_type_ids"] = (positions >= [[boundary] for _, boundary in encoded]) & (positions < lengths)
-        return {name: torch.from_numpy(array.astype(np.int64)) for name, array in batch.items()}
+            batch["token_type_ids"] = (positions >= boundaries) * batch["attention_mask"]
+        return batch
 
     def preprocess(self, pairs, max_len=512):
         """Tokenise and pad B (query, document) pairs: a dict of tensors [B, T] with T at most `max_len`."""
@@ -168,7 +172,7 @@ class BertRerankerModel(torch.nn.Module):
     def forward(self, batch, labels=None):
         """Return {"logits": [B, 1], "loss": mean BCE with logits against `labels` [B] in [0, 1], or None}."""
         logits = self.model(**{name: tensor.to(self.model.device) for name, tensor in batch.items()}).logits.float()
-        loss = None if labels is None else self.loss(logits.squeeze(-1), labels.to(logits))
+        loss = None if labels is None else torch.nn.BCEWithLogitsLoss()(logits.squeeze(-1), labels.to(logits))
         return {"logits": logits, "loss": loss}
 
     @torch.inference_mode()
@@ -176,14 +180,12 @@ class BertRerankerModel(torch.nn.Module):
         """Logits [N] in fp32 of N encoded pairs, in micro-batches of at most `max_tokens` padded tokens. The processes
         of an `accelerator` share them out, whole, so that their number changes no score; all get all logits."""
         self.eval()
-        device = self.model.device
         lengths = np.array([len(ids) for ids, _ in encoded], dtype=np.int64)
-        [micro_batches] = plan_window(lengths, max_tokens, MICRO_BATCH_COST[device.type])
-        logits = torch.zeros(len(encoded), device=device)
+        [micro_batches] = plan_window(lengths, max_tokens, MICRO_BATCH_COST[self.model.device.type])
+        logits = torch.zeros(len(encoded), device=self.model.device)
         own = micro_batches[accelerator.process_index :: accelerator.num_processes] if accelerator else micro_batches
         for indices in tqdm(own, desc="Scoring", disable=not show_progress_bar, leave=None):
-            output = self(self.collate([encoded[index] for index in indices]))
-            logits[torch.from_numpy(indices).to(device)] = output["logits"].squeeze(-1)
+            logits[indices] = self(self.collate([encoded[index] for index in indices]))["logits"].squeeze(-1)
         return accelerator.reduce(logits, "sum") if accelerator else logits
 
     def predict(self, inputs, batch_size=32, show_progress_bar=None, activation_fn=None, convert_to_numpy=True,
@@ -191,7 +193,7 @@ class BertRerankerModel(torch.nn.Module):
         """Scores [N] of N (query, document) pairs, or of one: arguments and results as in CrossEncoder.predict.
         `activation_fn` None is the sigmoid; pairs of over `self.max_len` tokens lose the end of their document."""
         is_single = len(inputs) > 0 and isinstance(inputs[0], str)
-        encoded = self.encode([inputs] if is_single else inputs, self.max_len)[0] if len(inputs) else []
+        encoded = self.encode([inputs] if is_single else inputs, self.max_len)[0]
         logits = self.score(encoded, batch_size * self.max_len, show_progress_bar)
         scores = (activation_fn or torch.sigmoid)(logits)
         if not convert_to_tensor:
@@ -204,21 +206,6 @@ class BertRerankerModel(torch.nn.Module):
         order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:top_k]
         texts = [{"text": document} if return_documents else {} for document in documents]
         return [{"corpus_id": index, "score": scores[index], **texts[index]} for index in order]
-
-
-def check_hub(name, revision):
-    """Raise UserError where the hub does not have the model or does not answer within some ten seconds."""
-    try:
-        HfApi().model_info(name, revision=revision, timeout=6)
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise UserError(f"{name} is no local folder, and the hub refuses it: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # name resolution, proxy, TLS, timeout, offline mode: the hub is out of reach
-        raise UserError(
-            f"{name} is no folder, not in the cache, and the hub is out of reach ({type(error).__name__}). Either\n"
-            "  - pass a local copy:       --model_name_or_path path/to/the/folder\n"
-            "  - use a mirror of the hub: HF_ENDPOINT=https://hf-mirror.com python train_bert_rerank.py\n"
-            "  - try without a download:  --model_name_or_path tiny_reranker"
-        ) from error
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -321,15 +308,10 @@ def check_rows(train_rows, eval_rows, middle):
 
 class RerankDataset:
     """N rows tokenised once: `encoded` pairs, `lengths` [N] in tokens, `labels` [N] in [0, 1]."""
-
     def __init__(self, rows, name, model, args):
-        self.rows, self.encoded, cut, query_cut = rows, [], 0, 0
-        scale = args["max_label"] - args["min_label"]
+        self.rows, pairs, scale = rows, [row[:2] for row in rows], args["max_label"] - args["min_label"]
         self.labels = torch.tensor([(row[2] - args["min_label"]) / scale for row in rows])
-        for start in tqdm(range(0, len(rows), 1000), f"Tokenizing {name} data", disable=not (IS_MAIN_PROCESS and rows)):
-            chunk = model.encode([row[:2] for row in rows[start : start + 1000]], args["max_len"])
-            self.encoded += chunk[0]
-            cut, query_cut = cut + chunk[1], query_cut + chunk[2]
+        self.encoded, cut, query_cut = model.encode(pairs, args["max_len"], f"Tokenizing {name} data")
         self.lengths = np.array([len(ids) for ids, _ in self.encoded])
         if cut:
             say(f"Warning: max_len truncates {cut} {name} pairs ({cut / len(rows):.2%}), in {query_cut} the query too.")
@@ -337,42 +319,38 @@ class RerankDataset:
 
 # ---- Windows ---------------------------------------------------------------------------------------------------------
 def cut_window(lengths, max_tokens, batch_cost):
-    """Cut ascending `lengths` into runs [(start, end)] of at most `max_tokens` padded tokens each, at the least cost.
+    """Cut ascending `lengths` into runs [(cost, start, end)] of at most `max_tokens` padded tokens each, at least cost.
     A run costs its padded tokens plus `batch_cost`; a sample longer than the bound stands alone. Dynamic programming
     over the ends of runs is exact: one of the best ways to group samples has contiguous runs of sorted lengths."""
-    least = np.zeros(len(lengths) + 1, dtype=np.int64)  # least[end]: cost of the best cut of lengths[:end]
-    start_of = [0] * (len(lengths) + 1)
+    least, start_of = np.zeros((2, len(lengths) + 1), dtype=np.int64)  # of the best cut of lengths[:end]
     for end in range(1, len(lengths) + 1):
         longest = lengths[end - 1]
         first = max(0, end - max(1, max_tokens // longest))
         costs = least[first:end] + (end - np.arange(first, end)) * longest + batch_cost
-        least[end], start_of[end] = costs.min(), first + int(costs.argmin())
+        least[end], start_of[end] = costs.min(), first + costs.argmin()
     runs, end = [], len(lengths)
     while end:
-        runs.append((start_of[end], end))
+        runs.append((least[end] - least[start_of[end]], start_of[end], end))
         end = start_of[end]
     return runs
 
 
 def plan_window(lengths, max_tokens, batch_cost, num_processes=1):
-    """Each process's micro-batches (index arrays into `lengths`), so that the slowest process is as fast as may be.
-    The cuts under smaller and smaller bounds are dealt out, the costliest micro-batch first, each to the least loaded
-    process (Graham's LPT rule); the deal whose largest load is smallest wins."""
+    """Each process's micro-batches (index arrays into `lengths`), so that the slowest is as fast as may be: the best of
+    cuts under smaller and smaller bounds, dealt out costliest first, each to the least loaded (Graham's LPT rule)."""
     order = np.argsort(lengths, kind="stable")
     lengths = lengths[order]
-    bound, least = max_tokens, math.inf
+    bound, deals = max_tokens, []
     while True:
         loads, deal = [0] * num_processes, [[] for _ in range(num_processes)]
-        runs = cut_window(lengths, bound, batch_cost)
-        for cost, start, end in sorted(((e - s) * int(lengths[e - 1]) + batch_cost, s, e) for s, e in runs)[::-1]:
+        for cost, start, end in sorted(cut_window(lengths, bound, batch_cost), reverse=True):
             process = loads.index(min(loads))
             loads[process] += cost
             deal[process].append(order[start:end])
-        if max(loads) < least:
-            least, plan = max(loads), deal
+        deals.append((max(loads), deal))
         # Balanced to 2 %, or as fine as the longest sample allows: still smaller micro-batches would only add cost.
         if max(loads) * num_processes <= 1.02 * sum(loads) or bound <= lengths[-1]:
-            return plan
+            return min(deals, key=lambda each: each[0])[1]
         bound = max(bound * 7 // 8, lengths[-1])
 
 
@@ -448,9 +426,8 @@ def candidate_lists(queries, labels):
     lists = list(map(np.array, lists.values()))
     graded = [rows for rows in lists if labels[rows].min() < labels[rows].max()]
     binary = [rows for rows in lists if 0 < (labels[rows] >= 0.5).sum() < len(rows)]
-    pairs = lists if 0 < (labels >= 0.5).sum() < len(labels) else []
     return {"all": lists, "ndcg@10": graded, "mrr@10": binary, "map": binary, "hit@1": binary,
-            "average_precision": pairs}
+            "average_precision": lists if 0 < (labels >= 0.5).sum() < len(labels) else []}
 
 
 def metric_values(metric, lists, labels, scores):
@@ -459,9 +436,8 @@ def metric_values(metric, lists, labels, scores):
     if metric in RANKING:
         return np.array([RANKING[metric](labels[rows], scores[rows]) for rows in lists])
     groups = [np.concatenate(lists[first::100]) for first in range(min(100, len(lists)))]
-    parts = [np.concatenate(groups), *(np.concatenate(groups[:out] + groups[out + 1 :]) for out in range(len(groups)))]
-    whole, *rests = (average_precision(labels[rows], scores[rows]) for rows in parts)
-    return whole + (len(groups) - 1) * (np.mean(rests) - rests)
+    rests = [average_precision(np.delete(labels, rows), np.delete(scores, rows)) for rows in groups]
+    return average_precision(labels, scores) + (len(groups) - 1) * (np.mean(rests) - rests)
 
 
 def measure(lists, labels, scores):
@@ -498,8 +474,8 @@ def evaluate(accelerator, model, dataset, args, step=0, epoch=0, base_interpolat
         ill = ("the scores of a query's rows are nearly alike" if health["spread"] < 0.01 else
                "irrelevant rows score higher" * (numbers.get("irrelevant", 0) > numbers.get("relevant", 1)))
     if ill and (step or not model.new_weights):
-        say(f"!!! WARNING !!! {name}: {ill}. Likely causes: labels swapped or constant, wrong min_label or max_label"
-            + f", lr {args['lr']} too high" * (step > 0))
+        causes = f"lr {args['lr']} too high, " * (step > 0) + "labels swapped or constant, wrong min_label or max_label"
+        say(f"!!! WARNING !!! {name}: {ill}. Likely causes: {causes}")
     return {"step": step, "epoch": epoch, "base_interpolation": base_interpolation, "scores": scores, **found}
 
 
@@ -511,9 +487,8 @@ def host_copy(model):
 def set_weights(model, fine_tuned, base, base_interpolation):
     """Put (1 − w) · fine-tuned + w · base weights into `model`, one tensor after the other (WiSE-FT, Wortsman et al.
     2022; LM-Cocktail, Xiao et al. 2024). 0 and 1 give exactly the one and the other."""
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(torch.lerp(fine_tuned[name], base[name], base_interpolation))
+    for name, weight in model.named_parameters():
+        weight.data.copy_(torch.lerp(fine_tuned[name], base[name], base_interpolation))
 
 
 def cross_fit(base, candidates, seed):
@@ -555,21 +530,20 @@ def judge(candidates, dataset, args):
     is_enough = queries >= 20 and (metric in RANKING or 20 <= (labels >= 0.5).sum() <= len(labels) - 20)
     after = base if is_enough and args["load_best_model_at_end"] and best["quality"] < base["quality"] else best
     differences = cross_fit(base, tuned or [base], args["seed"]) if queries >= 4 else np.array([])
-    up, down = ((sign * differences > 1e-9).sum().item() if metric in RANKING else None for sign in (1, -1))
-    interval = confidence_interval(differences, args["seed"]) if is_enough else None
-    low, high = interval or (None, None)
-    report = {
+    is_counted = queries >= 4 and metric in RANKING
+    up, down = ((sign * differences > 1e-9).sum().item() if is_counted else None for sign in (1, -1))
+    ci95 = confidence_interval(differences, args["seed"]) if is_enough else None
+    return {
         "dataset": dataset.rows[0][3], "queries": queries, "queries_left_out": len(dataset.lists["all"]) - queries,
         "metric": metric, "before": base["metrics"], "after": after["metrics"], "fine_tuned": best["metrics"],
-        "delta": {"mean": float(differences.mean()) if queries >= 4 else None, "ci95": interval,
+        "delta": {"mean": float(differences.mean()) if queries >= 4 else None, "ci95": ci95,
                   "queries_up": up, "queries_down": down},
-        "verdict": "too few" if not interval else "better" if low > 0 else "worse" if high < 0 else "unclear",
-        "threshold": torch.tensor(best_f1(labels, after["scores"])[1]).sigmoid().item(),
+        "verdict": "too few" if not ci95 else "better" if ci95[0] > 0 else "worse" if ci95[1] < 0 else "unclear",
+        "threshold": after["metrics"]["best_f1"] and torch.tensor(best_f1(labels, after["scores"])[1]).sigmoid().item(),
         "history": [{"step": each["step"], "epoch": each["epoch"], **each["metrics"]} for each in candidates
                     if not each["base_interpolation"]],
         "chosen": "base" if after is base else {key: after[key] for key in ("step", "base_interpolation")},
-    }
-    return report, best, after
+    }, best, after
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -582,93 +556,93 @@ def learning_rate(step, total_steps, peak, warmup_proportion):
 
 def fit_bias(accelerator, model, dataset, max_tokens):
     """Where the logits of up to 256 training rows stand more than 2 off the labels as a whole, as after a listwise
-    loss, shift the head's bias: no ranking changes, but the first steps would spend their gradient on that offset."""
+    loss, shift the head's bias: no ranking changes, but the first steps would spend their gradient on that offset.
+    Returns {name: bias before}, empty where nothing was shifted."""
     stride = math.ceil(len(dataset.rows) / 256)
     logits = model.score(dataset.encoded[::stride], max_tokens, accelerator=accelerator).cpu().double()
-    shifts, target = torch.arange(-100, 100, 0.1).double(), dataset.labels[::stride].mean().clamp(0.01, 0.99)
-    shift = shifts[((logits[:, None] + shifts).sigmoid().mean(0) - target).abs().argmin()].item()
-    if abs(shift) > 2:
-        say(f"The logits stand {-shift:+.1f} off the labels: the head's bias is shifted by as much before training.")
-        heads = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer.out_features == 1]
-        heads[-1].bias.data += shift
+    shifts = torch.arange(-100, 100, 0.1).double() - logits.median()
+    means, target = (logits[:, None] + shifts).sigmoid().mean(0), dataset.labels[::stride].mean().clamp(0.01, 0.99)
+    shift = shifts[(means - target).abs().argmin()].item()
+    biases = [(name, bias) for name, bias in model.named_parameters() if name.endswith("bias") and bias.numel() == 1]
+    if not biases or not abs(shift) > 2:
+        return {}
+    say(f"The logits stand {-shift:+.1f} off the labels: the head's bias is shifted by as much before training.")
+    name, bias = biases[-1]
+    before = {name: bias.detach().clone()}
+    bias.data += shift
+    return before
 
 
 def train_window(accelerator, model, dataset, window_size, micro_batches, row_sums):
-    """Backpropagate the mean BCE over exactly the samples of a window, over all processes; returns this process's part
-    of it. Adds to `row_sums` [N, 2] what training sees anyway: each row's probability, and 1."""
-    collate, loss_sum = accelerator.unwrap_model(model).collate, torch.zeros((), device=accelerator.device)
+    """Backpropagate the mean BCE over exactly the samples of a window, over all processes, and return it. Adds to
+    `row_sums` [N, 2] what training sees anyway: each row's probability, and 1."""
+    collate, processes, loss_sum = accelerator.unwrap_model(model).collate, accelerator.num_processes, 0.0
     # DDP needs a backward of every process: one without a sample of the window takes a row that weighs nothing.
-    weights = [len(indices) / window_size for indices in micro_batches] or [0.0]
     for number, indices in enumerate(micro_batches or [np.array([0])], start=1):
-        # Gradients are exchanged once a window, with the last micro-batch; DDP takes their mean over processes.
-        model.require_backward_grad_sync = number == len(weights)
+        share = len(indices) / window_size if micro_batches else 0.0
+        model.require_backward_grad_sync = number >= len(micro_batches)  # once a window; DDP takes the processes' mean
         output = model(collate([dataset.encoded[index] for index in indices]), dataset.labels[indices])
-        loss = output["loss"] * weights[number - 1]
-        accelerator.backward(loss * accelerator.num_processes)
+        loss = output["loss"] * share
+        accelerator.backward(loss * processes)
         loss_sum += loss.detach()
-        if micro_batches:
-            row_sums[indices] += torch.nn.functional.pad(output["logits"].detach().sigmoid(), (0, 1), value=1)
-    return loss_sum
+        row_sums[indices] += (share > 0) * torch.nn.functional.pad(output["logits"].detach().sigmoid(), (0, 1), value=1)
+    return accelerator.reduce(loss_sum, "sum").item()
 
 
-def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, candidates, args):
-    """Train; evaluate at each epoch's end or every `eval_steps`, then mixtures of the best weights with the base's, and
-    append each to `candidates`, [base]. Returns (step, epoch, loss, learning rate) of each step, row_sums, and (best
-    weights, base weights) in host memory, None where the last weights are kept."""
+def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, base, args):
+    """Train; evaluate at each epoch's end or every `eval_steps`, then mixtures of the best weights with the base's.
+    Returns (step, epoch, loss, learning rate) of each step, the candidates, `base` first, row_sums, and (best weights,
+    base weights) in host memory, None where the last weights are kept."""
     model, processes = accelerator.unwrap_model(wrapped), accelerator.num_processes
-    max_tokens = args["batch_size"] * args["max_len"]
     samples_per_step = args["batch_size"] * args["gradient_accumulation_steps"] * processes
     steps_per_epoch = math.ceil(len(train_data.rows) / samples_per_step)
     total_steps, due = args["epochs"] * steps_per_epoch, args["eval_steps"] or steps_per_epoch
     base_weights = host_copy(model) if eval_data and args["load_best_model_at_end"] else None
-    fit_bias(accelerator, model, train_data, max_tokens)
-    history, best, best_weights = [], 0, None  # candidates[best] is the best of training, 0 none yet
+    history, candidates, best, best_weights = [], [base], 0, None  # candidates[best]: best of training, 0 none yet
     row_sums = torch.zeros(len(train_data.rows), 2, device=accelerator.device)
     seen, seconds, order = 0, 0.0, torch.Generator().manual_seed(args["seed"])
     windows = ((epoch, *window) for epoch in range(1, args["epochs"] + 1) for window in epoch_windows(
-        train_data.lengths, samples_per_step, order, processes, accelerator.process_index, max_tokens=max_tokens,
-        batch_cost=MICRO_BATCH_COST[accelerator.device.type]))
-    bar = tqdm(desc="Training", total=total_steps, disable=not IS_MAIN_PROCESS)
-    for step, (epoch, window_size, micro_batches) in enumerate(windows, start=1):
-        started = time.perf_counter()
-        model.train()
-        window_loss = train_window(accelerator, wrapped, train_data, window_size, micro_batches, row_sums)
-        lr = learning_rate(step, total_steps, args["lr"], args["warmup_proportion"])
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), args["max_grad_norm"] or math.inf).item()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss = accelerator.reduce(window_loss, "sum").item()
-        if not math.isfinite(loss):
-            raise UserError(f"the loss of step {step} is {loss}: lower lr {args['lr']}, or mixed_precision no")
-        accelerator.log({"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}, step=step)
-        history.append((step, epoch, loss, lr))
-        seen, seconds = seen + window_size, seconds + time.perf_counter() - started
-        if eval_data and (step % due == 0 or step == total_steps):
-            candidates.append(evaluate(accelerator, model, eval_data, args, step, epoch))
-            best = 1 + int(np.argmax([each["quality"] for each in candidates[1:]]))  # of equals the first
-            if base_weights and best == len(candidates) - 1:
-                best_weights = None  # the former go before the new ones come
-                best_weights = host_copy(model)
-        newest = f", {eval_data.metric} {candidates[-1]['quality']:.4f}" if eval_data else ""
-        bar.set_postfix_str(f"epoch {epoch}/{args['epochs']}, loss {loss:.4f}, lr {lr:.2e}, "
-                            f"{seen / seconds:.1f} pairs/s{newest}")
-        bar.update()
-        if len(candidates) - 1 - best >= (args["early_stopping_patience"] or math.inf):
-            bar.total = step  # nothing is left to do
-            break
-    bar.close()
+        train_data.lengths, samples_per_step, order, processes, accelerator.process_index,
+        max_tokens=args["batch_size"] * args["max_len"], batch_cost=MICRO_BATCH_COST[accelerator.device.type]))
+    with tqdm(desc="Training", total=total_steps, disable=not IS_MAIN_PROCESS) as bar:
+        for step, (epoch, window_size, micro_batches) in enumerate(windows, start=1):
+            started = time.perf_counter()
+            model.train()
+            loss = train_window(accelerator, wrapped, train_data, window_size, micro_batches, row_sums)
+            lr = learning_rate(step, total_steps, args["lr"], args["warmup_proportion"])
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), args["max_grad_norm"] or math.inf).item()
+            optimizer.step()
+            optimizer.zero_grad()
+            if not math.isfinite(loss):
+                raise UserError(f"the loss of step {step} is {loss}: lower lr {args['lr']}, or mixed_precision no")
+            accelerator.log({"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}, step=step)
+            history.append((step, epoch, loss, lr))
+            seen, seconds = seen + window_size, seconds + time.perf_counter() - started
+            if eval_data and (step % due == 0 or step == total_steps):
+                candidates.append(evaluate(accelerator, model, eval_data, args, step, epoch))
+                best = 1 + int(np.argmax([each["quality"] for each in candidates[1:]]))  # of equals the first
+                if base_weights and best == len(candidates) - 1:
+                    best_weights = None  # the former go before the new ones come
+                    best_weights = host_copy(model)
+            newest = f", {eval_data.metric} {candidates[-1]['quality']:.4f}" if eval_data else ""
+            bar.set_postfix_str(f"epoch {epoch}/{args['epochs']}, loss {loss:.4f}, lr {lr:.2e}, "
+                                f"{seen / seconds:.1f} pairs/s{newest}")
+            bar.update()
+            if len(candidates) - 1 - best >= (args["early_stopping_patience"] or math.inf):
+                say(f"No better evaluation since step {candidates[best]['step']}: stopping early.")
+                bar.total = step  # nothing is left to do
+                break
     for mix in args["base_interpolation"] if base_weights and not model.new_weights else ():
         set_weights(model, best_weights, base_weights, mix)
         step, epoch = candidates[best]["step"], candidates[best]["epoch"]
         candidates.append(evaluate(accelerator, model, eval_data, args, step, epoch, mix))
-    return history, row_sums, base_weights and (best_weights, base_weights)
+    return history, candidates, accelerator.reduce(row_sums, "sum"), base_weights and (best_weights, base_weights)
 
 
 def draw_loss_curve(history, report, path):
-    """Draw the loss of each step, its moving mean, the learning rate and the ends of epochs; below, the metric at each
-    evaluation, the base model at step 0, and what stands in final_model."""
+    """Draw the loss, its moving mean, the learning rate and the ends of epochs; below, evaluations and final_model."""
     from matplotlib.figure import Figure
     steps, epochs, losses, rates = np.transpose(history)
     half = math.ceil(len(steps) / 40)
@@ -697,8 +671,8 @@ def draw_loss_curve(history, report, path):
 def write_evaluation(folder, dataset, report, scores):
     """Write eval_report.json, predictions.jsonl, score_distribution.png; `scores`: {title: logits [N]}, base first."""
     from matplotlib.figure import Figure
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / "eval_report.json").write_text(text, encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "eval_report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False), "utf-8")
     columns = [torch.from_numpy(logits).sigmoid().numpy() for logits in scores.values()]  # probabilities
     with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
         for row, before, after in zip(dataset.rows, columns[0].tolist(), columns[-1].tolist(), strict=True):
@@ -728,28 +702,32 @@ def write_rows_to_check(path, dataset, row_sums):
 
 
 def say_verdict(report, args):
-    """Print all metrics, then whether final_model holds the base, and last the verdict and what to try next."""
-    before, after, delta = report["before"], report["fine_tuned"], report["delta"]
+    """Print all metrics, then what final_model holds, and last the verdict and what to try next."""
+    before, tuned, delta, metric = report["before"], report["fine_tuned"], report["delta"], report["metric"]
     for key in [key for key in METRICS if before[key] is not None]:
-        change = f" → {after[key]:.4f}, {after[key] - before[key]:+.4f}" if args["epochs"] else ""
+        change = f" → {tuned[key]:.4f}, {tuned[key] - before[key]:+.4f}" if args["epochs"] else ""
         say(f"{key:17}  {before[key]:.4f}{change}")
     if not args["epochs"]:
         return
     if report["chosen"] == "base":
         say(f"!!! FINE-TUNING DID NOT HELP !!! final_model holds {args['model_name_or_path']} with unchanged weights; "
             "the fine-tuned ones, in fine_tuned_model, rank these queries worse.")
-    found = f"{report['queries']} queries"
-    if delta["queries_up"] is not None:
-        found += f" ({delta['queries_up']} up, {delta['queries_down']} down)"
+    else:
+        say("final_model: step {step}, with {base_interpolation:.0%} of the base mixed in.".format(**report["chosen"]))
+        if tuned[metric] < before[metric]:
+            say("!!! WARNING !!! final_model ranks these queries worse than the base.")
+    counts = {"up": delta["queries_up"], "down": delta["queries_down"], "left out": report["queries_left_out"] or None}
+    counts = ", ".join(f"{count} {key}" for key, count in counts.items() if count is not None)
+    found = f"{report['queries']} queries" + f" ({counts})" * (counts != "")
     if delta["ci95"]:
-        was, (low, high) = before[report["metric"]], delta["ci95"]
-        found = (f"{report['metric'].upper()} {was:.3f} → {was + delta['mean']:.3f}, {delta['mean']:+.3f}, "
+        was, (low, high) = before[metric], delta["ci95"]
+        found = (f"{metric.upper()} {was:.3f} → {was + delta['mean']:.3f}, {delta['mean']:+.3f} cross-fitted, "
                  f"95 % interval [{low:+.3f}, {high:+.3f}] over {found}")
     verdict, advice = {
         "better": ("better", "evaluate final_model once more, with --epochs 0, on a file that was never looked at"),
         "unclear": ("no clear difference", "more evaluation queries; more, harder training rows; other lr, epochs"),
         "worse": ("WORSE", f"look for wrong labels; then a lower lr than {args['lr']} or fewer epochs"),
-        "too few": ("too few queries to tell", "evaluate on more queries that can change: 20 or more, better 100"),
+        "too few": ("too few queries to tell", "evaluate on more: 20 or more, better 100, of which 6 or more change"),
     }[report["verdict"]]
     say(f"Verdict: {verdict}. {found}.\nNext: {advice}.")
 
@@ -766,8 +744,7 @@ def prepare(args, run_dir):
     if max_len > model.max_len:
         raise UserError(f"max_len {max_len}: {name} takes {model.max_len} (positions, model_max_length)", exit_status=2)
     model.tokenizer.model_max_length = max_len
-    for key in ("query_format", "document_format"):  # "{}" leaves a model what it was saved with
-        model.model.config.update({key: args[key]} if args[key] != "{}" or not hasattr(model.model.config, key) else {})
+    model.model.config.update({key: args[key] for key in ("query_format", "document_format") if args[key] != "{}"})
     base_sha256 = hashlib.sha256()
     for weight in model.state_dict().values():
         base_sha256.update(weight.numpy())
@@ -778,11 +755,13 @@ def prepare(args, run_dir):
     if not eval_data.metric and (eval_rows or not args["epochs"]):
         message = f"there are no eval rows with labels to measure {' or '.join(wanted)} by"
         if args["eval_dataset"] != "auto" or not args["epochs"]:
-            raise UserError(f"{message}: give others, or --eval_dataset None to train without", exit_status=2)
+            raise UserError(f"{message}: give others, or train with --eval_dataset None", exit_status=2)
         say(f"Warning: {message}: no evaluation, and nothing will be claimed about the ranking.")
-    if IS_MAIN_PROCESS:
+    elif eval_rows and args["epochs"] and len(eval_data.lists[eval_data.metric]) < 20:
+        say(f"Warning: {len(eval_data.lists[eval_data.metric])} eval queries to measure are too few for a verdict: 20.")
+    if IS_MAIN_PROCESS and args["epochs"]:
         shutil.rmtree(run_dir, ignore_errors=True)
-        (run_dir / "logs" if args["epochs"] else run_dir).mkdir(parents=True)
+        (run_dir / "logs").mkdir(parents=True)
     AcceleratorState._reset_state(reset_partial_state=True)  # so that train() can be called again, as in a notebook
     cpu = not torch.accelerator.is_available()  # unless told, accelerate overlooks the other CPU processes
     state, gpus = PartialState(cpu=cpu), torch.cuda.device_count()
@@ -801,10 +780,10 @@ def prepare(args, run_dir):
     cached = not Path(name).is_dir() and try_to_load_from_cache(name, "config.json", revision=args["revision"])
     git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--verify", "HEAD"]
     return accelerator, wrapped, optimizer, train_data, eval_data if eval_data.metric else None, {
-        "data_sha256": data_sha256, "base_sha256": base_sha256.hexdigest(),
+        "data_sha256": data_sha256, "base_sha256": base_sha256.hexdigest(), "python": platform.python_version(),
         "base_revision": Path(cached).parent.name if cached else None, "processes": processes, "precision": precision,
+        "versions": {each: version(each) for each in ("torch", "transformers", "tokenizers", "accelerate", "numpy")},
         "hardware": f"{platform.platform()}, {torch.cuda.get_device_name() if device.type == 'cuda' else device}",
-        "python": platform.python_version(), "versions": {each: importlib.metadata.version(each) for each in PACKAGES},
         "git_revision": shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip(),
     }
 
@@ -825,42 +804,42 @@ def train(args):
     model = accelerator.unwrap_model(wrapped)
     base = eval_data and evaluate(accelerator, model, eval_data, args)
     if base and base["quality"] == -math.inf:
-        raise UserError(f"{args['model_name_or_path']} as it is gives no finite scores; try mixed_precision no")
+        raise UserError(f"{args['model_name_or_path']} gives no finite scores: mend it, or try --mixed_precision no")
     if not args["epochs"]:
         report, *_ = judge([base], eval_data, args)
         if IS_MAIN_PROCESS:
-            write_evaluation(run_dir, eval_data, report, {args["model_name_or_path"]: base["scores"]})
+            write_evaluation(run_dir, eval_data, report, {"the model as it is": base["scores"]})
         say_verdict(report, args)
         return {"report": report}
     torch.manual_seed(args["seed"] + accelerator.process_index)  # each process drops out on its own
+    shifted = fit_bias(accelerator, model, train_data, args["batch_size"] * args["max_len"])
     clock.append(time.perf_counter())
     say(f"Start training for {args['epochs']} epochs ...")
-    candidates = [base]
-    history, row_sums, weights = fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, candidates, args)
-    row_sums = accelerator.reduce(row_sums, "sum")
+    steps, candidates, row_sums, weights = fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, base, args)
     clock.append(time.perf_counter())
     say("Training finished! Saving model ...")
     report, best, after = judge(candidates, eval_data, args) if eval_data else (None,) * 3
     if report:
         numbers = {f"eval/after/{key}": value for key, value in after["metrics"].items() if value is not None}
-        accelerator.log({**numbers, "eval/delta": report["delta"]["mean"] or 0.0}, step=len(history))
+        accelerator.log({**numbers, "eval/delta": report["delta"]["mean"] or 0.0}, step=len(steps))
     if weights:
         set_weights(model, *weights, best["base_interpolation"])
     if IS_MAIN_PROCESS:
         if after is base and base:
             model.save_pretrained(run_dir / "fine_tuned_model")
             set_weights(model, *weights, 1.0)
+            model.load_state_dict(shifted, strict=False)  # the base as it was
         model.save_pretrained(run_dir / "final_model")
-        draw_loss_curve(history, report, run_dir / "loss_curve.png")
+        draw_loss_curve(steps, report, run_dir / "loss_curve.png")
         write_rows_to_check(run_dir / "rows_to_check.jsonl", train_data, row_sums)
         if report:
             scores = {"before: base model": base["scores"], "after: final_model": after["scores"]}
             write_evaluation(run_dir, eval_data, report, scores)
     say("Model saved successfully!")
     rss = importlib.import_module("resource").getrusage(0).ru_maxrss * 1024 if sys.platform == "linux" else None
-    memory = torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else rss
-    run = {"args": args, **facts, "peak_memory_bytes": memory,
-           "seconds": {"preparation": clock[1] - clock[0], "training": clock[2] - clock[1]}}
+    run = {"args": args, **facts, "seconds": {"preparation": clock[1] - clock[0], "training": clock[2] - clock[1]},
+           "peak_memory_bytes": torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else rss}
+    wrapped, optimizer = accelerator.free_memory(wrapped, optimizer)  # DDP must go before its group, or gloo may hang
     accelerator.end_training()
     if IS_MAIN_PROCESS:
         (run_dir / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -937,8 +916,8 @@ def parse_command_line(argv):
     overrides = {key.partition("=")[0][2:] if key.startswith("--") else repr(key): None for key in unknown[:1]}
     for key, text in vars(given).items():
         try:
-            value = json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
-        except ValueError:
+            value = ast.literal_eval({"true": "True", "false": "False", "null": "None"}.get(text, text))
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             value = text
         overrides[key] = value if any(fits(value, kind) for kind in settings[key][0]) else text
     return overrides
@@ -957,8 +936,8 @@ def main():
         "max_len": 512,  # int 8..: tokens of a pair, special tokens included; the document is cut, not the query
         "min_label": 0,  # float: label in the data that means irrelevant
         "max_label": 1,  # float: label in the data that means fully relevant
-        "query_format": "{}",  # str: what is made of a query, also at inference, such as "query: {}"
-        "document_format": "{}",  # str: the same of a document
+        "query_format": "{}",  # str: what a query becomes, at inference too, such as "query: {}"; "{}": as saved
+        "document_format": "{}",  # str: the same for a document
         "epochs": 3,  # int 0..: passes over the training rows; 0: evaluate the model as it is, and no more
         "lr": 1e-5,  # float 0..: peak learning rate
         "batch_size": 2,  # int 1..: batch_size * max_len tokens are the bound of one forward pass, hence its memory
@@ -975,6 +954,7 @@ def main():
         "mixed_precision": "bf16",  # "bf16" | "fp16" | "no": of the computation; the weights stay fp32
         "log_with": "tensorboard",  # "tensorboard" | "wandb" | None: where train/loss, train/lr, train/grad_norm go
     }
+    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must not end a run
     try:
         train({**args, **parse_command_line(sys.argv[1:])})
     except (UserError, OSError) as error:  # a full disk, a folder without permission

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -157,6 +158,7 @@ def test_early_stopping_ends_the_run_after_that_many_evaluations_without_a_bette
     report = json.loads((tmp_path / "out" / "eval_report.json").read_text(encoding="utf-8"))
     values = [point["ndcg@10"] for point in report["history"][1:]]
     assert len(values) < 9 and np.argmax(values) == len(values) - 3
+    assert f"No better evaluation since step {13 * (len(values) - 2)}: stopping early." in done.stdout
     assert re.search(rf"Training: 100%\S*\| {13 * len(values)}/{13 * len(values)} ", done.stdout)
 
 
@@ -223,6 +225,69 @@ def test_an_offset_of_the_logits_is_taken_out_before_the_first_step_and_stays_in
     assert log.Scalars("train/loss")[0].value < 1.2  # 4 without the shift
     final = load_file(tmp_path / "out" / "final_model" / "model.safetensors")  # the base, since labels are inverted
     assert all(np.array_equal(final[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("offset", [40, -150])
+def test_an_offset_of_any_size_is_taken_out_and_mixtures_do_not_bring_it_back(data, tmp_path, capsys, offset):
+    model = BertRerankerModel.from_pretrained(TINY)
+    model.model.classifier.out_proj.bias.data += offset
+    model.save_pretrained(tmp_path / "offset")
+    settings = settings_of(data, tmp_path / "out", epochs=1, model_name_or_path=str(tmp_path / "offset"))
+    train_bert_rerank.train(settings)
+    out = capsys.readouterr().out
+    assert float(re.search(r"The logits stand (\S+) off", out)[1]) == pytest.approx(offset, abs=1)
+    mixtures = re.findall(r"mixed with \d+% of the base: .* saturated (\S+), relevant (\S+), irrelevant (\S+)", out)
+    assert len(mixtures) == 3 and all(float(share) == 0 for share, *_ in mixtures)
+    assert all(0.1 < float(mean) < 0.9 for _, *means in mixtures for mean in means)
+
+
+def test_a_head_without_a_bias_and_logits_that_are_not_finite_are_left_as_they_are(capsys):
+    model = BertRerankerModel.from_pretrained(TINY)
+    encoded = model.encode([("S35", "充电座")] * 9, 64)[0]
+    dataset = SimpleNamespace(rows=[None] * 9, encoded=encoded, labels=torch.zeros(9))
+    shift = train_bert_rerank.fit_bias
+    assert list(shift(None, model, dataset, 640)) == ["model.classifier.out_proj.bias"]
+    model.model.classifier.out_proj.bias.data.fill_(torch.nan)
+    assert shift(None, model, dataset, 640) == {}
+    model.model.classifier.out_proj.bias = None
+    assert shift(None, model, dataset, 640) == {}
+    assert capsys.readouterr().out.count("The logits stand") == 1
+
+
+def test_under_20_queries_a_worse_model_is_kept_and_the_run_says_so_loudly(data, write_jsonl, tmp_path, capsys):
+    rows = read_jsonl(data["eval"])[: 15 * 8] + [{"query": "只有一行", "content": "一行", "label": 1}]
+    settings = settings_of(data, tmp_path / "out", train_dataset=data["inverted"], base_interpolation=[])
+    train_bert_rerank.train({**settings, "eval_dataset": write_jsonl("few.jsonl", rows)})
+    before, _, after = capsys.readouterr().out.partition("Start training")
+    assert "Warning: 15 eval queries to measure are too few for a verdict" in before
+    *_, kept, warning, verdict, _ = after.splitlines()
+    assert re.fullmatch(r"final_model: step \d+, with 0% of the base mixed in\.", kept)
+    assert warning == "!!! WARNING !!! final_model ranks these queries worse than the base."
+    assert re.fullmatch(r"Verdict: too few queries to tell\. 15 queries \(\d+ up, \d+ down, 1 left out\)\.", verdict)
+
+
+def test_what_a_terminal_cannot_show_does_not_end_a_run(good_run, data, run_script):
+    done = run_script("--model_name_or_path", TINY, "--epochs", 0, "--eval_dataset", data["eval"], "--mixed_precision",
+                      "no", "--output_dir", "输出", PYTHONIOENCODING="ascii")  # fmt: skip
+    assert done.returncode == 0 and "ndcg@10  " in done.stdout and "'output_dir': '??'" in done.stdout
+
+
+def test_an_evaluation_alone_keeps_what_stands_in_its_folder_and_its_former_report_until_there_is_a_new_one(
+    data, tmp_path
+):
+    folder = tmp_path / "out" / "evaluation"
+    folder.mkdir(parents=True)
+    shutil.copy(data["eval"], folder / "mine.jsonl")
+    settings = settings_of(data, tmp_path / "out", epochs=0, eval_dataset=str(folder / "mine.jsonl"))
+    train_bert_rerank.train(settings)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert before.keys() == {"mine.jsonl", "eval_report.json", "predictions.jsonl", "score_distribution.png"}
+    model = BertRerankerModel.from_pretrained(TINY)
+    model.model.classifier.out_proj.bias.data.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(UserError, match="gives no finite scores"):
+        train_bert_rerank.train({**settings, "model_name_or_path": str(tmp_path / "broken")})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_epochs_0_evaluates_alone_and_writes_only_into_its_own_folder(good_run, data, tmp_path, run_script):

@@ -145,6 +145,8 @@ OVERRIDES = [
     ("early_stopping_patience", "2", 2),
     ("base_interpolation", "[0.25, 0.5]", [0.25, 0.5]),
     ("base_interpolation", "[]", []),
+    ("base_interpolation", "()", ()),
+    ("base_interpolation", "(0.5,)", (0.5,)),
 ]
 
 

@@ -132,9 +132,9 @@ def test_each_step_is_that_of_a_plain_loop(without_dropout, tmp_path, write_json
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("accelerator.backward(loss * ", "accelerator.backward(8 * loss * "),
-        ("accelerator.backward(loss * ", "accelerator.backward(loss / 8 * "),
-        ("train_data, window_size, micro_batches", "train_data, samples_per_step, micro_batches"),
+        ("accelerator.backward(loss * processes)", "accelerator.backward(loss * processes * 8)"),
+        ("accelerator.backward(loss * processes)", "accelerator.backward(loss * processes / 8)"),
+        ("share = len(indices) / window_size if", "share = len(indices) / 8 if"),
     ],
     ids=["loss x 8", "loss / 8", "last window divided by the full size"],
 )
