@@ -35,7 +35,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 ADVICE = 'Each line should be a JSON object in UTF-8: {"query": "…", "content": "…", "label": 1}'
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # torchrun and accelerate launch set RANK
 RESULTS = ["final_model", "fine_tuned_model", "logs", "loss_curve.png", "score_distribution.png", "eval_report.json",
-           "predictions.jsonl", "rows_to_check.jsonl", "run.json"]  # in this order; run.json marks a finished run
+           "predictions.jsonl", "rows_to_check.jsonl", "run.json"]  # moved in this order: run.json marks a finished run
 MICRO_BATCH_COST = {"cpu": 16, "cuda": 256, "mps": 256}  # what one more micro-batch costs, in padded tokens
 
 
@@ -307,7 +307,8 @@ def check_rows(train_rows, eval_rows, middle):
 
 
 class RerankDataset:
-    """N rows tokenised once: `encoded` pairs, `lengths` [N] in tokens, `labels` [N] in [0, 1]."""
+    """N rows tokenised once: `encoded` pairs, `lengths` [N] in tokens, `labels` [N] in [0, 1]. prepare() gives the eval
+    data `lists`, of candidate_lists(), and `metric`, that of METRICS by which weights are compared."""
     def __init__(self, rows, name, model, args):
         self.rows, pairs, scale = rows, [row[:2] for row in rows], args["max_label"] - args["min_label"]
         self.labels = torch.tensor([(row[2] - args["min_label"]) / scale for row in rows])
@@ -436,7 +437,7 @@ def metric_values(metric, lists, labels, scores):
     if metric in RANKING:
         return np.array([RANKING[metric](labels[rows], scores[rows]) for rows in lists])
     groups = [np.concatenate(lists[first::100]) for first in range(min(100, len(lists)))]
-    rests = [average_precision(np.delete(labels, rows), np.delete(scores, rows)) for rows in groups]
+    rests = [average_precision(np.delete(labels, out), np.delete(scores, out)) for out in groups if groups[1:]] or [0]
     return average_precision(labels, scores) + (len(groups) - 1) * (np.mean(rests) - rests)
 
 
@@ -473,7 +474,7 @@ def evaluate(accelerator, model, dataset, args, step=0, epoch=0, base_interpolat
             accelerator.log({f"eval/{key}": value for key, value in numbers.items()}, step=step)
         ill = ("the scores of a query's rows are nearly alike" if health["spread"] < 0.01 else
                "irrelevant rows score higher" * (numbers.get("irrelevant", 0) > numbers.get("relevant", 1)))
-    if ill and (step or not model.new_weights):
+    if ill and (step or "values" in found and not model.new_weights):
         causes = f"lr {args['lr']} too high, " * (step > 0) + "labels swapped or constant, wrong min_label or max_label"
         say(f"!!! WARNING !!! {name}: {ill}. Likely causes: {causes}")
     return {"step": step, "epoch": epoch, "base_interpolation": base_interpolation, "scores": scores, **found}
@@ -630,7 +631,7 @@ def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, base, args
             bar.set_postfix_str(f"epoch {epoch}/{args['epochs']}, loss {loss:.4f}, lr {lr:.2e}, "
                                 f"{seen / seconds:.1f} pairs/s{newest}")
             bar.update()
-            if len(candidates) - 1 - best >= (args["early_stopping_patience"] or math.inf):
+            if step < total_steps and len(candidates) - 1 - best >= (args["early_stopping_patience"] or math.inf):
                 say(f"No better evaluation since step {candidates[best]['step']}: stopping early.")
                 bar.total = step  # nothing is left to do
                 break
@@ -693,8 +694,9 @@ def write_evaluation(folder, dataset, report, scores):
 def write_rows_to_check(path, dataset, row_sums):
     """The training rows whose label the model contradicted on average over the epochs, worst first: mean probability of
     the label less that of the other (AUM, Pleiss et al. 2020; Dataset Cartography, Swayamdipta et al. 2020)."""
-    means = row_sums[:, 0].cpu().numpy() / np.maximum(row_sums[:, 1].cpu().numpy(), 1)
-    margins = (2 * dataset.labels.numpy() - 1) * (2 * means - 1)
+    sums, counts = row_sums.cpu().numpy().T
+    means = sums / np.maximum(counts, 1)
+    margins = (2 * dataset.labels.numpy() - 1) * (2 * means - 1) * (counts > 0)  # unseen where training stopped early
     with open(path, "w", encoding="utf-8") as file:
         for index in np.argsort(margins, kind="stable")[: (margins < 0).sum()]:
             row = dict(zip(("query", "content", "label", "file", "line"), dataset.rows[index], strict=True))
@@ -714,7 +716,7 @@ def say_verdict(report, args):
             "the fine-tuned ones, in fine_tuned_model, rank these queries worse.")
     else:
         say("final_model: step {step}, with {base_interpolation:.0%} of the base mixed in.".format(**report["chosen"]))
-        if tuned[metric] < before[metric]:
+        if tuned[metric] < before[metric] - 1e-9:
             say("!!! WARNING !!! final_model ranks these queries worse than the base.")
     counts = {"up": delta["queries_up"], "down": delta["queries_down"], "left out": report["queries_left_out"] or None}
     counts = ", ".join(f"{count} {key}" for key, count in counts.items() if count is not None)
@@ -758,7 +760,7 @@ def prepare(args, run_dir):
             raise UserError(f"{message}: give others, or train with --eval_dataset None", exit_status=2)
         say(f"Warning: {message}: no evaluation, and nothing will be claimed about the ranking.")
     elif eval_rows and args["epochs"] and len(eval_data.lists[eval_data.metric]) < 20:
-        say(f"Warning: {len(eval_data.lists[eval_data.metric])} eval queries to measure are too few for a verdict: 20.")
+        say(f"Warning: {len(eval_data.lists[eval_data.metric])} eval queries are too few: a verdict takes 20.")
     if IS_MAIN_PROCESS and args["epochs"]:
         shutil.rmtree(run_dir, ignore_errors=True)
         (run_dir / "logs").mkdir(parents=True)
@@ -790,7 +792,7 @@ def prepare(args, run_dir):
 
 def train(args):
     """Fine-tune as `args` says (keys left out take their values in main()), or with 0 epochs evaluate alone. Returns
-    what run.json holds and, as "report", what eval_report.json holds (None without evaluation)."""
+    what run.json holds (not with 0 epochs) and, as "report", what eval_report.json holds (None without evaluation)."""
     args = check_settings(args)
     say(f"Training Args: {args}")
     output_dir = Path(args["output_dir"])
@@ -825,7 +827,7 @@ def train(args):
     if weights:
         set_weights(model, *weights, best["base_interpolation"])
     if IS_MAIN_PROCESS:
-        if after is base and base:
+        if report and after is base:
             model.save_pretrained(run_dir / "fine_tuned_model")
             set_weights(model, *weights, 1.0)
             model.load_state_dict(shifted, strict=False)  # the base as it was

@@ -309,7 +309,7 @@ def test_the_mean_of_a_query_metrics_values_is_what_measure_says(generator):
         assert values[2] == pytest.approx(metrics_of([np.arange(4)], labels[kept[2]], scores[kept[2]])[metric])
 
 
-@pytest.mark.parametrize("queries", [7, 100, 220])
+@pytest.mark.parametrize("queries", [2, 7, 100, 220])
 def test_the_values_of_average_precision_are_the_pseudo_values_of_leaving_out_a_group_of_queries(generator, queries):
     sizes = generator.integers(1, 6, queries)
     lists, total = lists_of(sizes), sum(sizes)
@@ -322,6 +322,11 @@ def test_the_values_of_average_precision_are_the_pseudo_values_of_leaving_out_a_
     values = metric_values("average_precision", lists, labels, scores)
     assert values - values.mean() == pytest.approx(np.array(expected) - np.mean(expected), abs=1e-9)
     assert values.mean() == pytest.approx(average_precision_score(labels, scores), abs=1e-9)
+
+
+def test_a_single_query_has_one_value_of_average_precision():
+    values = metric_values("average_precision", [np.arange(3)], np.array([0.0, 1, 0]), np.array([3.0, 2, 1]))
+    assert values.tolist() == [0.5]
 
 
 def test_the_values_of_average_precision_tell_its_mean_and_its_standard_error(generator):

@@ -254,12 +254,21 @@ def test_a_head_without_a_bias_and_logits_that_are_not_finite_are_left_as_they_a
     assert capsys.readouterr().out.count("The logits stand") == 1
 
 
+def test_rows_that_training_never_came_to_are_no_rows_to_check(data, tmp_path):
+    settings = settings_of(data, tmp_path / "out", train_dataset=data["inverted"], lr=1e-2, epochs=1, eval_steps=1)
+    report = train_bert_rerank.train({**settings, "early_stopping_patience": 1, "base_interpolation": []})["report"]
+    seen = 16 * report["history"][-1]["step"]
+    assert seen < 99  # of 198
+    rows = (tmp_path / "out" / "rows_to_check.jsonl").read_text(encoding="utf-8").splitlines()
+    assert 0 < len(rows) <= seen and all(json.loads(row)["mean_probability"] > 0 for row in rows)
+
+
 def test_under_20_queries_a_worse_model_is_kept_and_the_run_says_so_loudly(data, write_jsonl, tmp_path, capsys):
     rows = read_jsonl(data["eval"])[: 15 * 8] + [{"query": "只有一行", "content": "一行", "label": 1}]
     settings = settings_of(data, tmp_path / "out", train_dataset=data["inverted"], base_interpolation=[])
     train_bert_rerank.train({**settings, "eval_dataset": write_jsonl("few.jsonl", rows)})
     before, _, after = capsys.readouterr().out.partition("Start training")
-    assert "Warning: 15 eval queries to measure are too few for a verdict" in before
+    assert "Warning: 15 eval queries are too few: a verdict takes 20." in before
     *_, kept, warning, verdict, _ = after.splitlines()
     assert re.fullmatch(r"final_model: step \d+, with 0% of the base mixed in\.", kept)
     assert warning == "!!! WARNING !!! final_model ranks these queries worse than the base."
