@@ -354,6 +354,15 @@ def test_a_run_that_diverges_stops_and_replaces_nothing(small_run, tmp_path):
     assert (tmp_path / "out" / "final_model" / "model.safetensors").read_bytes() == before
 
 
+def test_the_wrapped_model_goes_before_the_process_group(small_run, monkeypatch):
+    # DDP that outlives its group joins gloo's threads with the GIL held, for which they may wait: a hang now and then.
+    left, end = [], train_bert_rerank.Accelerator.end_training
+    monkeypatch.setattr(train_bert_rerank.Accelerator, "end_training",
+                        lambda self: (left.append(len(self._models)), end(self)))  # fmt: skip
+    train_bert_rerank.train(small_run)
+    assert left == [0]
+
+
 def test_after_an_interrupted_run_another_can_start_in_the_same_process(small_run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train_bert_rerank, "learning_rate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
