@@ -18,16 +18,21 @@ import subprocess
 import sys
 import time
 import zlib
-from collections import Counter
+from contextlib import nullcontext
+from datetime import timedelta
 from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
+from itertools import compress, islice
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils.memory import clear_device_cache
 from huggingface_hub import HfApi, errors, try_to_load_from_cache
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
@@ -37,6 +42,8 @@ IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # torchrun and accelerate 
 RESULTS = ["final_model", "fine_tuned_model", "logs", "loss_curve.png", "score_distribution.png", "eval_report.json",
            "predictions.jsonl", "rows_to_check.jsonl", "run.json"]  # moved in this order: run.json marks a finished run
 MICRO_BATCH_COST = {"cpu": 16, "cuda": 256, "mps": 256}  # what one more micro-batch costs, in padded tokens
+MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 4096}  # micro_batch_tokens "auto" without a memory of the device's own
+ROW = np.dtype([("file", "i4"), ("number", "i8"), ("line", "i8"), ("query", "u8"), ("pair", "u8"), ("label", "f8")])
 
 
 class UserError(Exception):
@@ -59,6 +66,7 @@ def seed_everything(seed):
     set_seed(seed, deterministic=True)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if torch.cuda.is_available() and workspace not in (":4096:8", ":16:8"):
         say(f"CUBLAS_WORKSPACE_CONFIG={workspace} is not deterministic to PyTorch: :4096:8 is used instead.")
@@ -77,13 +85,35 @@ def supported_precision(mixed_precision, device):
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
+def first_token_attention(self, hidden_states, attention_mask=None, *_, **__):
+    """The forward of transformers' BertAttention and its likes, for the first token alone: [B, T, H] to [B, 1, H]."""
+    first, own = hidden_states[:, :1], self.self
+    projections = (own.query, first), (own.key, hidden_states), (own.value, hidden_states)
+    heads = [layer(each).unflatten(-1, (own.num_attention_heads, -1)).transpose(1, 2) for layer, each in projections]
+    mask = None if attention_mask is None else attention_mask[:, :, :1]  # [B, 1, 1, T]
+    dropout = own.dropout.p if own.training else 0.0
+    context = torch.nn.functional.scaled_dot_product_attention(*heads, mask, dropout).transpose(1, 2).flatten(2)
+    return self.output(context, first), None
+
+
+def first_token_only(model):
+    """Let the last layer of `model` compute only the first token, all that the heads of these architectures read."""
+    config = model.config
+    if config.model_type in ("bert", "roberta", "xlm-roberta") and config._attn_implementation == "sdpa" and (
+            getattr(config, "position_embedding_type", "absolute") == "absolute" and not config.is_decoder):
+        attention = model.base_model.encoder.layer[-1].attention
+        attention.forward = MethodType(first_token_attention, attention)
+
+
 class BertRerankerModel(torch.nn.Module):
     """A cross-encoder with one logit per (query, document) pair, and its tokenizer.
     `new_weights` names what the checkpoint lacked (a plain encoder's head) and torch's random generator filled in.
-    An encoded pair is (ids, boundary): int32 token ids with special tokens, and how many lie in the first segment."""
+    An encoded pair is (ids, boundary, cut): int32 token ids with special tokens, how many lie in the first segment, and
+    whether nothing (0), the document (1) or the query as well (2) was cut."""
     def __init__(self, model, tokenizer, new_weights=()):
         super().__init__()
         self.model, self.tokenizer, self.new_weights = model, tokenizer, new_weights
+        first_token_only(model)
 
     @classmethod
     def from_pretrained(cls, model_name_or_path, revision=None, trust_remote_code=False):
@@ -95,8 +125,9 @@ class BertRerankerModel(torch.nn.Module):
                 tokenizer = AutoTokenizer.from_pretrained(name, **options)
                 if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers 5 makes one up without files
                     raise OSError("the files of its tokenizer are missing")
-                model, info = AutoModelForSequenceClassification.from_pretrained(
-                    name, num_labels=1, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+                model, info = AutoModelForSequenceClassification.from_pretrained(  # where peft is, it looks for adapters
+                    name, num_labels=1, ignore_mismatched_sizes=True, output_loading_info=True,
+                    adapter_kwargs={"local_files_only": local_only}, **options)
                 break
             except Exception as error:  # the loaders raise a dozen types for files that are not what they expect
                 if Path(name).is_dir() or not local_only or not isinstance(error, OSError | ValueError):
@@ -132,32 +163,40 @@ class BertRerankerModel(torch.nn.Module):
         usable = [each.num_embeddings - (0 if each.padding_idx is None else each.padding_idx + 1) for each in tables]
         return min(int(self.tokenizer.model_max_length), 10**9, *usable)
 
-    def encode(self, pairs, max_len, bar_title=None):
-        """Tokenise N (query, document) pairs to at most `max_len` tokens. The document is cut; a query only where it
-        leaves no room, down to room for one token of the document. Returns [N encoded], pairs cut, queries cut."""
-        tokenizer = self.tokenizer.backend_tokenizer  # transformers' "only_second" raises where the query is too long
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+    @property
+    def formats(self):
+        """What a query and a document become before they are tokenised, as saved in the config."""
+        return [getattr(self.model.config, key, "{}") for key in ("query_format", "document_format")]
+
+    @property
+    def plain_tokenizer(self):
+        """The tokenizers.Tokenizer underneath, which neither cuts nor pads."""
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.backend_tokenizer.no_padding()
+        return self.tokenizer.backend_tokenizer
+
+    def encode(self, pairs, max_len):
+        """Yield an encoded pair of at most `max_len` tokens for each (query, document) pair. The document is cut; a
+        query only where it leaves no room, down to room for one token of the document."""
+        tokenizer, pairs = self.plain_tokenizer, iter(pairs)  # transformers' "only_second" raises at too long a query
         room = max_len - tokenizer.num_special_tokens_to_add(is_pair=True)
-        formats = [getattr(self.model.config, key, "{}") for key in ("query_format", "document_format")]
-        encoded, cut, query_cut = [], 0, 0
-        for start in tqdm(range(0, len(pairs), 1000), bar_title, disable=not (bar_title and pairs and IS_MAIN_PROCESS)):
-            sides = [tokenizer.encode_batch([form.replace("{}", text) for text in texts], add_special_tokens=False)
-                     for form, texts in zip(formats, zip(*pairs[start : start + 1000], strict=True), strict=True)]
+        while chunk := list(islice(pairs, 1000)):
+            sides = [tokenizer.encode_batch_fast([form.replace("{}", text) for text in texts], add_special_tokens=False)
+                     for form, texts in zip(self.formats, zip(*chunk, strict=True), strict=True)]
             for query, document in zip(*sides, strict=True):
+                cut = 0
                 if len(query) + len(document) > room:
-                    cut, query_cut = cut + 1, query_cut + (len(query) >= room)
+                    cut = 1 + (len(query) >= room)
                     query.truncate(room - 1)
                     for spare in (room, 1, 0):  # in steps: a cut keeps the rest too, in pieces as short as what stays
                         document.truncate(room - len(query) + spare)
                 pair = tokenizer.post_process(query, document)
-                encoded.append((np.array(pair.ids, dtype=np.int32), pair.type_ids.count(0)))
-        return encoded, cut, query_cut
+                yield np.array(pair.ids, dtype=np.int32), pair.type_ids.count(0), cut
 
     def collate(self, encoded):
         """Pad B encoded pairs to the longest of them: a dict of tensors [B, T]."""
-        lengths, boundaries = torch.tensor([(len(ids), boundary) for ids, boundary in encoded]).T[:, :, None]  # [B, 1]
-        rows = [torch.from_numpy(ids).long() for ids, _ in encoded]
+        lengths, boundaries = torch.tensor([(len(ids), boundary) for ids, boundary, _ in encoded]).T[:, :, None]
+        rows = [torch.tensor(ids, dtype=torch.long) for ids, *_ in encoded]
         input_ids = torch.nn.utils.rnn.pad_sequence(rows, True, self.tokenizer.pad_token_id)
         positions = torch.arange(input_ids.shape[1])
         batch = {"input_ids": input_ids, "attention_mask": (positions < lengths).long()}
@@ -167,12 +206,16 @@ class BertRerankerModel(torch.nn.Module):
 
     def preprocess(self, pairs, max_len=512):
         """Tokenise and pad B (query, document) pairs: a dict of tensors [B, T] with T at most `max_len`."""
-        return self.collate(self.encode(pairs, max_len)[0])
+        return self.collate(list(self.encode(pairs, max_len)))
 
     def forward(self, batch, labels=None):
         """Return {"logits": [B, 1], "loss": mean BCE with logits against `labels` [B] in [0, 1], or None}."""
-        logits = self.model(**{name: tensor.to(self.model.device) for name, tensor in batch.items()}).logits.float()
-        loss = None if labels is None else torch.nn.BCEWithLogitsLoss()(logits.squeeze(-1), labels.to(logits))
+        def move(tensor):  # to a GPU from pinned memory, without waiting: it computes while the next batch is made
+            pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+            return pinned.to(device, non_blocking=device.type == "cuda")
+        device = self.model.device
+        logits = self.model(**{name: move(tensor) for name, tensor in batch.items()}).logits.float()
+        loss = None if labels is None else torch.nn.BCEWithLogitsLoss()(logits.squeeze(-1), move(labels).to(logits))
         return {"logits": logits, "loss": loss}
 
     @torch.inference_mode()
@@ -180,12 +223,14 @@ class BertRerankerModel(torch.nn.Module):
         """Logits [N] in fp32 of N encoded pairs, in micro-batches of at most `max_tokens` padded tokens. The processes
         of an `accelerator` share them out, whole, so that their number changes no score; all get all logits."""
         self.eval()
-        lengths = np.array([len(ids) for ids, _ in encoded], dtype=np.int64)
+        lengths = np.array([len(ids) for ids, *_ in encoded], dtype=np.int64)
         [micro_batches] = plan_window(lengths, max_tokens, MICRO_BATCH_COST[self.model.device.type])
         logits = torch.zeros(len(encoded), device=self.model.device)
         own = micro_batches[accelerator.process_index :: accelerator.num_processes] if accelerator else micro_batches
-        for indices in tqdm(own, desc="Scoring", disable=not show_progress_bar, leave=None):
-            logits[indices] = self(self.collate([encoded[index] for index in indices]))["logits"].squeeze(-1)
+        parts = [self(self.collate([encoded[index] for index in indices]))["logits"].squeeze(-1)
+                 for indices in tqdm(own, desc="Scoring", disable=not show_progress_bar, leave=None)]
+        if parts:
+            logits[np.concatenate(own)] = torch.cat(parts)
         return accelerator.reduce(logits, "sum") if accelerator else logits
 
     def predict(self, inputs, batch_size=32, show_progress_bar=None, activation_fn=None, convert_to_numpy=True,
@@ -193,7 +238,7 @@ class BertRerankerModel(torch.nn.Module):
         """Scores [N] of N (query, document) pairs, or of one: arguments and results as in CrossEncoder.predict.
         `activation_fn` None is the sigmoid; pairs of over `self.max_len` tokens lose the end of their document."""
         is_single = len(inputs) > 0 and isinstance(inputs[0], str)
-        encoded = self.encode([inputs] if is_single else inputs, self.max_len)[0]
+        encoded = list(self.encode([inputs] if is_single else inputs, self.max_len))
         logits = self.score(encoded, batch_size * self.max_len, show_progress_bar)
         scores = (activation_fn or torch.sigmoid)(logits)
         if not convert_to_tensor:
@@ -241,65 +286,87 @@ def parse_line(line, min_label, max_label):
     return rows
 
 
-def read_rows(path, min_label, max_label):
-    """Rows [(query, content, label, path, line)], SHA-256 of a JSONL file, plain or gzip; UserError: ten bad lines."""
-    rows, bad, digest = [], [], hashlib.sha256()
+def read_rows(path, min_label, max_label, digest=None):
+    """Yield (query, content, label, line) of each row of a JSONL file, plain or gzip. UserError after the last line:
+    the first ten bad ones. With `digest` a bar is shown, and all bytes go into the digest."""
+    bad, bad_count = "", 0
     try:
         with open(path, "rb") as raw, tqdm(desc="Loading data", total=os.path.getsize(path), unit="B", unit_scale=True,
-                                           disable=not IS_MAIN_PROCESS) as bar:
+                                           disable=not (digest and IS_MAIN_PROCESS)) as bar:
             is_gzip = raw.peek(2)[:2] == b"\x1f\x8b"
             for number, line in enumerate(gzip.GzipFile(fileobj=raw) if is_gzip else raw, start=1):
-                digest.update(line)
-                bar.update(raw.tell() - bar.n)
+                if digest:
+                    digest.update(line)
+                    bar.update(raw.tell() - bar.n)
                 line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip()
                 try:
-                    rows += [(*row, path, number) for row in parse_line(line, min_label, max_label)] if line else []
+                    yield from ((*row, number) for row in parse_line(line, min_label, max_label)) if line else ()
                 except ValueError as error:
-                    bad.append(f"\n  line {number}: {error}")
+                    bad_count += 1
+                    bad += f"\n  line {number}: {error}" if bad_count <= 10 else ""
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if bad:
-        more = f"\n  … and {len(bad) - 10} more" * (len(bad) > 10)
-        raise UserError(f"{path}: {len(bad)} bad line{'s' * (len(bad) > 1)}{''.join(bad[:10])}{more}\n{ADVICE}")
-    if not rows:
+        more = f"\n  … and {bad_count - 10} more" * (bad_count > 10)
+        raise UserError(f"{path}: {bad_count} bad line{'s' * (bad_count > 1)}{bad}{more}\n{ADVICE}")
+
+
+def fingerprints(query, content):
+    """64 bits of a query, and of it and a document together: the same in every run and process."""
+    of_query = hashlib.blake2b(query.encode(), digest_size=8).digest()
+    of_pair = hashlib.blake2b(content.encode(), digest_size=8, key=of_query).digest()
+    return int.from_bytes(of_query, "little"), int.from_bytes(of_pair, "little")
+
+
+def load_file(path, file, args):
+    """The rows of a JSONL file as ROW [N] with file number `file`, and its SHA-256. The texts themselves stay on disk:
+    a million rows are 44 MB."""
+    digest = hashlib.sha256()
+    found = enumerate(read_rows(path, args["min_label"], args["max_label"], digest))
+    rows = np.fromiter(((file, number, line, *fingerprints(query, content), label)
+                        for number, (query, content, label, line) in found), dtype=ROW)
+    if not len(rows):
         raise UserError(f"{path}: no rows. {ADVICE}")
     say("----- Label Distribution -----")
-    for label, count in sorted(Counter(round(row[2], 2) + 0.0 for row in rows).most_common(20)):
-        say(f"Label {label:.2f}: {count} ({count / len(rows):.2%})")
+    labels, counts = np.unique(rows["label"].round(2) + 0.0, return_counts=True)
+    for index in np.sort(np.argsort(-counts, kind="stable")[:20]):
+        say(f"Label {labels[index]:.2f}: {counts[index]} ({counts[index] / len(rows):.2%})")
     return rows, digest.hexdigest()
 
 
 def load_data(args):
-    """Train rows, eval rows (none: no evaluation) and {path: SHA-256}; says where the eval rows come from."""
+    """Train rows and eval rows (none: no evaluation) as ROW [N], the paths of their files, and {path: SHA-256}; says
+    where the eval rows come from."""
     is_one, eval_path = isinstance(args["train_dataset"], str), args["eval_dataset"]
     paths = [args["train_dataset"]] if is_one else args["train_dataset"]
     sibling = Path(os.path.dirname(paths[0]), os.path.basename(paths[0]).replace("train", "eval"))
     if eval_path == "auto" and is_one and sibling != Path(paths[0]) and sibling.is_file():
         eval_path = str(sibling)
     eval_paths = [] if eval_path in ("auto", None) else [eval_path]
-    paths = paths if args["epochs"] or not eval_paths else []
-    files = {path: read_rows(path, args["min_label"], args["max_label"]) for path in [*paths, *eval_paths]}
-    train_rows, eval_rows = ([row for path in each for row in files[path][0]] for each in (paths, eval_paths))
+    paths = [*(paths if args["epochs"] or not eval_paths else []), *eval_paths]
+    files, sha256 = zip(*(load_file(path, file, args) for file, path in enumerate(paths)), strict=True)
+    rows = np.concatenate(files)
+    is_eval = rows["file"] >= len(paths) - len(eval_paths)
     if eval_path == "auto":
-        queries = list(dict.fromkeys(query for query, *_ in train_rows))
+        queries, first = np.unique(rows["query"], return_index=True)
         count = min(math.ceil(len(queries) * args["eval_proportion"]), len(queries) - 1)
-        held_out = set(random.Random(args["seed"]).sample(queries, count))
-        train_rows, eval_rows = ([row for row in train_rows if (row[0] in held_out) == side] for side in (False, True))
+        is_eval = np.isin(rows["query"], random.Random(args["seed"]).sample(queries[first.argsort()].tolist(), count))
     source = "held out of the train data" if eval_path == "auto" else f"of {eval_path}"
-    say(f"Evaluating on {len({query for query, *_ in eval_rows})} queries ({len(eval_rows)} rows) {source}."
-        if eval_rows else "No evaluation: nothing will be claimed about the ranking.")
-    return train_rows, eval_rows, {path: sha256 for path, (_, sha256) in files.items()}
+    say(f"Evaluating on {len(np.unique(rows['query'][is_eval]))} queries ({is_eval.sum()} rows) {source}."
+        if is_eval.any() else "No evaluation: nothing will be claimed about the ranking.")
+    return rows[~is_eval], rows[is_eval], paths, dict(zip(paths, sha256, strict=True))
 
 
 def check_rows(train_rows, eval_rows, middle):
     """Warn, with counts, of what is allowed in data but seldom meant; labels from `middle` on are relevant."""
-    distinct, total = {row[:3] for row in train_rows}, len(train_rows)
-    relevant = sum(row[2] >= middle for row in train_rows)
+    total, relevant = len(train_rows), (train_rows["label"] >= middle).sum()
+    rows = train_rows[np.lexsort((train_rows["label"], train_rows["pair"]))]
+    same_pair, same_label = (rows[key][1:] == rows[key][:-1] for key in ("pair", "label"))
     for count, what in [
-        (total - len(distinct), "train rows are exact duplicates of others"),
-        (sum(n > 1 for n in Counter(row[:2] for row in distinct).values()), "train pairs have contradicting labels"),
-        (len({row[0] for row in distinct} & {row[0] for row in eval_rows}), "queries are in both train and eval data"),
-        (total * (len({row[2] for row in distinct}) == 1), "train rows, all there are, have one and the same label"),
+        ((same_pair & same_label).sum(), "train rows are exact duplicates of others"),
+        (len(np.unique(rows["pair"][1:][same_pair & ~same_label])), "train pairs have contradicting labels"),
+        (len(np.intersect1d(rows["query"], eval_rows["query"])), "queries are in both train and eval data"),
+        (total * (len(np.unique(rows["label"])) == 1), "train rows, all there are, have one and the same label"),
         (total * (0 < relevant * 20 < total), f"train rows have only {relevant} relevant ones among them"),
     ]:
         if count:
@@ -307,15 +374,69 @@ def check_rows(train_rows, eval_rows, middle):
 
 
 class RerankDataset:
-    """N rows tokenised once: `encoded` pairs, `lengths` [N] in tokens, `labels` [N] in [0, 1]. prepare() gives the eval
-    data `lists`, of candidate_lists(), and `metric`, that of METRICS by which weights are compared."""
-    def __init__(self, rows, name, model, args):
-        self.rows, pairs, scale = rows, [row[:2] for row in rows], args["max_label"] - args["min_label"]
-        self.labels = torch.tensor([(row[2] - args["min_label"]) / scale for row in rows])
-        self.encoded, cut, query_cut = model.encode(pairs, args["max_len"], f"Tokenizing {name} data")
-        self.lengths = np.array([len(ids) for ids, _ in self.encoded])
-        if cut:
-            say(f"Warning: max_len truncates {cut} {name} pairs ({cut / len(rows):.2%}), in {query_cut} the query too.")
+    """N rows: a sequence of encoded pairs, with `labels` [N] in [0, 1] and `lengths` [N] in tokens. prepare() gives the
+    eval data `lists`, of candidate_lists(), and `metric`, that of METRICS by which weights are compared.
+    The token ids of all rows stand one after the other in one int32 file, `cache`, then columns of N lengths,
+    boundaries and cuts. It is mapped into memory, so the processes of a machine share it, and is named by a checksum of
+    all that it depends on, so another run may find it."""
+    def __init__(self, rows, paths, name, model, args):
+        self.rows, self.paths, self.args = rows, paths, args
+        self.labels = torch.from_numpy((rows["label"] - args["min_label"]) / (args["max_label"] - args["min_label"]))
+        facts = version("tokenizers"), model.plain_tokenizer.to_str(), model.formats, args["max_len"]
+        key = hashlib.sha256(rows.tobytes() + repr(facts).encode()).hexdigest()
+        self.cache = Path(args["output_dir"], "cache", f"{key}.tokens")
+        if not self.cache.exists():
+            self.tokenize(model, name)
+        tokens, columns = np.asarray(np.memmap(self.cache, np.int32, "r")), 3 * len(rows)
+        self.lengths, self.boundaries, cut = tokens[-columns - 1 : -1].reshape(3, len(rows))
+        self.tokens, self.ends, self.labels = tokens, np.cumsum(self.lengths, dtype=np.int64), self.labels.float()
+        if cut.any():
+            say(f"Warning: max_len truncates {(cut > 0).sum()} {name} pairs ({(cut > 0).mean():.2%}), "
+                f"in {(cut > 1).sum()} the query too.")
+
+    def tokenize(self, model, name):
+        """Write `cache`, under another name until it is complete and on disk."""
+        self.cache.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.cache.with_suffix(f".{platform.node()}.{os.getpid()}")
+        columns = np.zeros((3, len(self.rows)), dtype=np.int32)
+        bar = tqdm(desc=f"Tokenizing {name} data", total=len(self), disable=not (IS_MAIN_PROCESS and len(self)))
+        try:
+            with open(unfinished, "wb") as file, bar:
+                for number, (ids, boundary, cut) in enumerate(model.encode(self.pairs(), self.args["max_len"])):
+                    file.write(ids)
+                    columns[:, number] = len(ids), boundary, cut
+                    bar.update()
+                file.write(columns)
+                file.write(np.int32(len(self.rows)))  # an empty file could not be mapped
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, self.cache)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def pairs(self, chosen=slice(None)):
+        """Yield the texts (query, content) of the rows `chosen` (their numbers, ascending), read anew, so that they
+        need no memory; UserError where a file has changed since it was loaded."""
+        rows = self.rows[chosen]
+        for file in np.unique(rows["file"]):
+            of_file, found, path = rows[rows["file"] == file], 0, self.paths[file]
+            is_chosen = np.zeros(of_file["number"][-1] + 1, dtype=bool)
+            is_chosen[of_file["number"]] = True
+            texts = compress(read_rows(path, self.args["min_label"], self.args["max_label"]), is_chosen.tolist())
+            for pair, (query, content, *_) in zip(of_file["pair"].tolist(), texts, strict=False):
+                if fingerprints(query, content)[1] != pair:
+                    break
+                found += 1
+                yield query, content
+            if found < len(of_file):
+                raise UserError(f"{path} has changed since this run loaded it")
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        end = self.ends[index]
+        return self.tokens[end - self.lengths[index] : end], self.boundaries[index], 0
 
 
 # ---- Windows ---------------------------------------------------------------------------------------------------------
@@ -323,12 +444,13 @@ def cut_window(lengths, max_tokens, batch_cost):
     """Cut ascending `lengths` into runs [(cost, start, end)] of at most `max_tokens` padded tokens each, at least cost.
     A run costs its padded tokens plus `batch_cost`; a sample longer than the bound stands alone. Dynamic programming
     over the ends of runs is exact: one of the best ways to group samples has contiguous runs of sorted lengths."""
-    least, start_of = np.zeros((2, len(lengths) + 1), dtype=np.int64)  # of the best cut of lengths[:end]
-    for end in range(1, len(lengths) + 1):
-        longest = lengths[end - 1]
+    least, start_of, count = np.zeros(len(lengths) + 1, dtype=np.int64), [0], np.arange(len(lengths) + 1)
+    for end, longest in enumerate(lengths.tolist(), start=1):  # least[end]: of the best cut of lengths[:end]
         first = max(0, end - max(1, max_tokens // longest))
-        costs = least[first:end] + (end - np.arange(first, end)) * longest + batch_cost
-        least[end], start_of[end] = costs.min(), first + costs.argmin()
+        costs = least[first:end] - count[first:end] * longest
+        best = int(costs.argmin())
+        least[end] = costs[best] + end * longest + batch_cost
+        start_of.append(first + best)
     runs, end = [], len(lengths)
     while end:
         runs.append((least[end] - least[start_of[end]], start_of[end], end))
@@ -355,13 +477,11 @@ def plan_window(lengths, max_tokens, batch_cost, num_processes=1):
         bound = max(bound * 7 // 8, lengths[-1])
 
 
-def epoch_windows(lengths, samples_per_step, generator, num_processes=1, process_index=0, **planning):
-    """Yield an epoch's windows: (samples in the window, this process's micro-batches of row numbers). A window is the
-    samples of one optimizer step, consecutive in a new random permutation; the last one may be smaller."""
-    permutation = torch.randperm(len(lengths), generator=generator).numpy()
-    for window in np.split(permutation, range(samples_per_step, len(lengths), samples_per_step)):
-        plan = plan_window(lengths[window], num_processes=num_processes, **planning)
-        yield len(window), [window[indices] for indices in plan[process_index]]
+def epoch_windows(count, samples_per_step, generator):
+    """An epoch's windows, arrays of row numbers: the samples of one optimizer step, consecutive in a new random
+    permutation of `count` rows. The last one may be smaller."""
+    permutation = torch.randperm(count, generator=generator).numpy()
+    return np.split(permutation, range(samples_per_step, count, samples_per_step))
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
@@ -455,11 +575,11 @@ def measure(lists, labels, scores):
     return {key: means.get(key) for key in METRICS}, {key: means[key] for key in health}
 
 
-def evaluate(accelerator, model, dataset, args, step=0, epoch=0, base_interpolation=0.0):
+def evaluate(accelerator, model, dataset, args, max_tokens, step=0, epoch=0, base_interpolation=0.0):
     """Score `dataset`, say and log what came out, warn where it looks ill. Returns a candidate: {"step", "epoch",
     "base_interpolation", "scores": logits [N], "metrics", "values" [V] and "quality", their mean, of dataset.metric};
     where weights or scores are not finite, metrics are None and the quality is -inf."""
-    logits = model.score(dataset.encoded, args["batch_size"] * args["max_len"], IS_MAIN_PROCESS, accelerator)
+    logits = model.score(dataset, max_tokens, IS_MAIN_PROCESS, accelerator)
     scores, labels = logits.cpu().double().numpy(), dataset.labels.numpy()
     name = f"Step {step}, epoch {epoch}" if step else args["model_name_or_path"]
     name += f", mixed with {base_interpolation:.0%} of the base" if base_interpolation else ""
@@ -481,15 +601,16 @@ def evaluate(accelerator, model, dataset, args, step=0, epoch=0, base_interpolat
 
 
 def host_copy(model):
-    """A copy of the weights in host memory."""
-    return {name: weight.detach().to("cpu", copy=True) for name, weight in model.named_parameters()}
+    """A copy of the weights that are trained, in host memory."""
+    return {name: weight.detach().to("cpu", copy=True) for name, weight in model.named_parameters()
+            if weight.requires_grad}
 
 
 def set_weights(model, fine_tuned, base, base_interpolation):
     """Put (1 − w) · fine-tuned + w · base weights into `model`, one tensor after the other (WiSE-FT, Wortsman et al.
     2022; LM-Cocktail, Xiao et al. 2024). 0 and 1 give exactly the one and the other."""
-    for name, weight in model.named_parameters():
-        weight.data.copy_(torch.lerp(fine_tuned[name], base[name], base_interpolation))
+    for name, tuned in fine_tuned.items():
+        model.get_parameter(name).data.copy_(torch.lerp(tuned, base[name], base_interpolation))
 
 
 def cross_fit(base, candidates, seed):
@@ -535,7 +656,8 @@ def judge(candidates, dataset, args):
     up, down = ((sign * differences > 1e-9).sum().item() if is_counted else None for sign in (1, -1))
     ci95 = confidence_interval(differences, args["seed"]) if is_enough else None
     return {
-        "dataset": dataset.rows[0][3], "queries": queries, "queries_left_out": len(dataset.lists["all"]) - queries,
+        "dataset": dataset.paths[dataset.rows["file"][0]], "queries": queries,
+        "queries_left_out": len(dataset.lists["all"]) - queries,
         "metric": metric, "before": base["metrics"], "after": after["metrics"], "fine_tuned": best["metrics"],
         "delta": {"mean": float(differences.mean()) if queries >= 4 else None, "ci95": ci95,
                   "queries_up": up, "queries_down": down},
@@ -559,8 +681,9 @@ def fit_bias(accelerator, model, dataset, max_tokens):
     """Where the logits of up to 256 training rows stand more than 2 off the labels as a whole, as after a listwise
     loss, shift the head's bias: no ranking changes, but the first steps would spend their gradient on that offset.
     Returns {name: bias before}, empty where nothing was shifted."""
-    stride = math.ceil(len(dataset.rows) / 256)
-    logits = model.score(dataset.encoded[::stride], max_tokens, accelerator=accelerator).cpu().double()
+    stride = math.ceil(len(dataset) / 256)
+    sample = [dataset[index] for index in range(0, len(dataset), stride)]
+    logits = model.score(sample, max_tokens, accelerator=accelerator).cpu().double()
     shifts = torch.arange(-100, 100, 0.1).double() - logits.median()
     means, target = (logits[:, None] + shifts).sigmoid().mean(0), dataset.labels[::stride].mean().clamp(0.01, 0.99)
     shift = shifts[(means - target).abs().argmin()].item()
@@ -574,55 +697,105 @@ def fit_bias(accelerator, model, dataset, max_tokens):
     return before
 
 
-def train_window(accelerator, model, dataset, window_size, micro_batches, row_sums):
-    """Backpropagate the mean BCE over exactly the samples of a window, over all processes, and return it. Adds to
-    `row_sums` [N, 2] what training sees anyway: each row's probability, and 1."""
-    collate, processes, loss_sum = accelerator.unwrap_model(model).collate, accelerator.num_processes, 0.0
-    # DDP needs a backward of every process: one without a sample of the window takes a row that weighs nothing.
-    for number, indices in enumerate(micro_batches or [np.array([0])], start=1):
-        share = len(indices) / window_size if micro_batches else 0.0
-        model.require_backward_grad_sync = number >= len(micro_batches)  # once a window; DDP takes the processes' mean
-        output = model(collate([dataset.encoded[index] for index in indices]), dataset.labels[indices])
-        loss = output["loss"] * share
-        accelerator.backward(loss * processes)
-        loss_sum += loss.detach()
-        row_sums[indices] += (share > 0) * torch.nn.functional.pad(output["logits"].detach().sigmoid(), (0, 1), value=1)
-    return accelerator.reduce(loss_sum, "sum").item()
+def is_out_of_memory(error):
+    """Whether a RuntimeError says that memory ran out, in the words of CUDA, MPS, cuBLAS or the CPU's allocator."""
+    return any(words in str(error) for words in ("out of memory", "ALLOC_FAILED", "can't allocate memory"))
 
 
-def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, base, args):
+def backpropagate(accelerator, model, dataset, window_size, micro_batches):
+    """Backpropagate the mean BCE over exactly the samples of a window, over all processes. Returns it and the
+    probabilities of this process's `micro_batches`, in their order; None where memory ran out on any process."""
+    collate, is_agreed, failed = accelerator.unwrap_model(model).collate, accelerator.num_processes == 1, False
+    loss_sum, probabilities = 0.0, []
+    try:
+        # DDP needs a backward of every process: one without a sample of the window takes a row that weighs nothing.
+        for number, indices in enumerate(micro_batches or [np.array([0])], start=1):
+            with accelerator.no_sync(model):
+                output = model(collate([dataset[index] for index in indices]), dataset.labels[indices])
+                loss = output["loss"] * (len(indices) / window_size if micro_batches else 0.0)
+                is_last = number >= len(micro_batches)
+                if is_last and not is_agreed:  # its backward waits for all processes, so all must have come so far
+                    is_agreed, failed = True, accelerator.reduce(torch.zeros((), device=loss.device), "sum").item() > 0
+                    if failed:
+                        break
+                with accelerator.trigger_sync_in_backward(model) if is_last else nullcontext():
+                    accelerator.backward(loss * accelerator.num_processes)  # DDP takes the mean over the processes
+            loss_sum += loss.detach()
+            probabilities.append(output["logits"].detach().sigmoid().squeeze(-1))
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or is_agreed and accelerator.num_processes > 1:
+            raise  # in the second case the others wait for this one, and the launcher ends them
+        failed = True
+    if not is_agreed:
+        accelerator.reduce(torch.ones((), device=accelerator.device), "sum")
+    if failed:
+        return None
+    return accelerator.reduce(loss_sum, "sum"), torch.cat(probabilities)[: sum(map(len, micro_batches))]
+
+
+def train_window(accelerator, model, dataset, window, max_tokens):
+    """Backpropagate a `window` (row numbers) in micro-batches of at most `max_tokens` padded tokens. Where memory runs
+    out the bound is halved and the window redone from the same random state. Returns the loss, this process's rows,
+    their probabilities, and the bound in force."""
+    device, lengths = accelerator.device, dataset.lengths[window]
+    on_device = None if device.type == "cpu" else torch.get_device_module(device)
+    states = torch.get_rng_state(), on_device and on_device.get_rng_state()
+    while True:
+        plan = plan_window(lengths, max_tokens, MICRO_BATCH_COST[device.type], accelerator.num_processes)
+        micro_batches = [window[indices] for indices in plan[accelerator.process_index]]
+        done = backpropagate(accelerator, model, dataset, len(window), micro_batches)
+        if done:
+            return done[0], np.concatenate([np.zeros(0, dtype=np.int64), *micro_batches]), done[1], max_tokens
+        if max_tokens <= lengths.max():
+            raise UserError(
+                f"out of memory with micro-batches of {max_tokens} tokens; one pair of this step has {lengths.max()}: "
+                "lower max_len, or set gradient_checkpointing or freeze_embeddings to true, or mixed_precision to bf16")
+        max_tokens //= 2
+        say(f"Out of memory: from here on micro-batches have at most {max_tokens} tokens, and this step is done again. "
+            f"--micro_batch_tokens {max_tokens} does so from the start.")
+        model.zero_grad()
+        clear_device_cache(garbage_collection=True)
+        torch.set_rng_state(states[0])
+        if on_device:
+            on_device.set_rng_state(states[1])
+
+
+def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, base, args, max_tokens):
     """Train; evaluate at each epoch's end or every `eval_steps`, then mixtures of the best weights with the base's.
-    Returns (step, epoch, loss, learning rate) of each step, the candidates, `base` first, row_sums, and (best weights,
-    base weights) in host memory, None where the last weights are kept."""
+    Returns (step, epoch, loss, learning rate) of each step, the candidates, `base` first, and (best weights, base
+    weights) in host memory, None where the last weights are kept, the sums [N, 2] over the epochs of each row's
+    probability and of 1, and the bound of micro-batches in force at the end."""
     model, processes = accelerator.unwrap_model(wrapped), accelerator.num_processes
     samples_per_step = args["batch_size"] * args["gradient_accumulation_steps"] * processes
-    steps_per_epoch = math.ceil(len(train_data.rows) / samples_per_step)
+    steps_per_epoch = math.ceil(len(train_data) / samples_per_step)
     total_steps, due = args["epochs"] * steps_per_epoch, args["eval_steps"] or steps_per_epoch
     base_weights = host_copy(model) if eval_data and args["load_best_model_at_end"] else None
     history, candidates, best, best_weights = [], [base], 0, None  # candidates[best]: best of training, 0 none yet
-    row_sums = torch.zeros(len(train_data.rows), 2, device=accelerator.device)
+    row_sums = torch.zeros(len(train_data), 2)
     seen, seconds, order = 0, 0.0, torch.Generator().manual_seed(args["seed"])
-    windows = ((epoch, *window) for epoch in range(1, args["epochs"] + 1) for window in epoch_windows(
-        train_data.lengths, samples_per_step, order, processes, accelerator.process_index,
-        max_tokens=args["batch_size"] * args["max_len"], batch_cost=MICRO_BATCH_COST[accelerator.device.type]))
+    windows = ((epoch, window) for epoch in range(1, args["epochs"] + 1)
+               for window in epoch_windows(len(train_data), samples_per_step, order))
     with tqdm(desc="Training", total=total_steps, disable=not IS_MAIN_PROCESS) as bar:
-        for step, (epoch, window_size, micro_batches) in enumerate(windows, start=1):
+        for step, (epoch, window) in enumerate(windows, start=1):
             started = time.perf_counter()
             model.train()
-            loss = train_window(accelerator, wrapped, train_data, window_size, micro_batches, row_sums)
+            loss, rows, probabilities, max_tokens = train_window(accelerator, wrapped, train_data, window, max_tokens)
             lr = learning_rate(step, total_steps, args["lr"], args["warmup_proportion"])
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), args["max_grad_norm"] or math.inf).item()
+            grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), args["max_grad_norm"] or math.inf)
             optimizer.step()
             optimizer.zero_grad()
+            numbers = torch.cat([loss[None], grad_norm[None], probabilities]).cpu()  # waits for the device, once a step
+            loss, grad_norm = numbers[:2].tolist()
+            row_sums[rows] += torch.nn.functional.pad(numbers[2:, None], (0, 1), value=1)
             if not math.isfinite(loss):
                 raise UserError(f"the loss of step {step} is {loss}: lower lr {args['lr']}, or mixed_precision no")
             accelerator.log({"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}, step=step)
             history.append((step, epoch, loss, lr))
-            seen, seconds = seen + window_size, seconds + time.perf_counter() - started
+            seen, seconds = seen + len(window), seconds + time.perf_counter() - started
             if eval_data and (step % due == 0 or step == total_steps):
-                candidates.append(evaluate(accelerator, model, eval_data, args, step, epoch))
+                candidates.append(evaluate(accelerator, model, eval_data, args, max_tokens, step, epoch))
                 best = 1 + int(np.argmax([each["quality"] for each in candidates[1:]]))  # of equals the first
                 if base_weights and best == len(candidates) - 1:
                     best_weights = None  # the former go before the new ones come
@@ -638,8 +811,9 @@ def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, base, args
     for mix in args["base_interpolation"] if base_weights and not model.new_weights else ():
         set_weights(model, best_weights, base_weights, mix)
         step, epoch = candidates[best]["step"], candidates[best]["epoch"]
-        candidates.append(evaluate(accelerator, model, eval_data, args, step, epoch, mix))
-    return history, candidates, accelerator.reduce(row_sums, "sum"), base_weights and (best_weights, base_weights)
+        candidates.append(evaluate(accelerator, model, eval_data, args, max_tokens, step, epoch, mix))
+    row_sums = accelerator.reduce(row_sums.to(accelerator.device), "sum").cpu().numpy()
+    return history, candidates, base_weights and (best_weights, base_weights), row_sums, max_tokens
 
 
 def draw_loss_curve(history, report, path):
@@ -669,16 +843,28 @@ def draw_loss_curve(history, report, path):
     figure.savefig(path)
 
 
+def write_rows(path, dataset, chosen, **columns):
+    """Write the rows `chosen` (their numbers [M]) as JSONL, each with its value of the `columns` [M]."""
+    try:
+        texts = dict(zip(np.sort(chosen).tolist(), dataset.pairs(np.sort(chosen)), strict=True))
+    except UserError as error:  # no reason to lose what was trained
+        return say(f"Warning: {path.name} is not written: {error}")
+    with open(path, "w", encoding="utf-8") as file:
+        for number, *values in zip(chosen.tolist(), *(column.tolist() for column in columns.values()), strict=True):
+            query, content = texts[number]
+            row = {"query": query, "content": content, "label": dataset.rows["label"][number],
+                   "file": dataset.paths[dataset.rows["file"][number]], "line": int(dataset.rows["line"][number])}
+            file.write(json.dumps({**row, **dict(zip(columns, values, strict=True))}, ensure_ascii=False) + "\n")
+
+
 def write_evaluation(folder, dataset, report, scores):
     """Write eval_report.json, predictions.jsonl, score_distribution.png; `scores`: {title: logits [N]}, base first."""
     from matplotlib.figure import Figure
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "eval_report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False), "utf-8")
     columns = [torch.from_numpy(logits).sigmoid().numpy() for logits in scores.values()]  # probabilities
-    with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
-        for row, before, after in zip(dataset.rows, columns[0].tolist(), columns[-1].tolist(), strict=True):
-            row = dict(zip(("query", "content", "label"), row, strict=False), score_before=before, score_after=after)
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_rows(folder / "predictions.jsonl", dataset, np.arange(len(dataset)), score_before=columns[0],
+               score_after=columns[-1])
     figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
     sides = [np.flatnonzero(dataset.labels < 0.5), np.flatnonzero(dataset.labels >= 0.5)]
     panels = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
@@ -694,13 +880,11 @@ def write_evaluation(folder, dataset, report, scores):
 def write_rows_to_check(path, dataset, row_sums):
     """The training rows whose label the model contradicted on average over the epochs, worst first: mean probability of
     the label less that of the other (AUM, Pleiss et al. 2020; Dataset Cartography, Swayamdipta et al. 2020)."""
-    sums, counts = row_sums.cpu().numpy().T
+    sums, counts = row_sums.T
     means = sums / np.maximum(counts, 1)
     margins = (2 * dataset.labels.numpy() - 1) * (2 * means - 1) * (counts > 0)  # unseen where training stopped early
-    with open(path, "w", encoding="utf-8") as file:
-        for index in np.argsort(margins, kind="stable")[: (margins < 0).sum()]:
-            row = dict(zip(("query", "content", "label", "file", "line"), dataset.rows[index], strict=True))
-            file.write(json.dumps({**row, "mean_probability": float(means[index])}, ensure_ascii=False) + "\n")
+    chosen = np.argsort(margins, kind="stable")[: (margins < 0).sum()]
+    write_rows(path, dataset, chosen, mean_probability=means[chosen])
 
 
 def say_verdict(report, args):
@@ -734,11 +918,38 @@ def say_verdict(report, args):
     say(f"Verdict: {verdict}. {found}.\nNext: {advice}.")
 
 
+def largest_micro_batch(accelerator, model, longest, most):
+    """What micro_batch_tokens "auto" stands for: on a GPU the largest power of two of padded tokens at which as many
+    pairs of `longest` tokens as it holds go forward and backward, beside the optimizer's state and a tenth of the
+    memory, which stay free; no more than `most` pairs need. Elsewhere MICRO_BATCH_TOKENS."""
+    device, tokens = accelerator.device, 1 << (longest - 1).bit_length()
+    if device.type in MICRO_BATCH_TOKENS:
+        return MICRO_BATCH_TOKENS[device.type]
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    reserve = torch.empty(8 * trained + torch.cuda.mem_get_info()[1] // 10, dtype=torch.uint8, device=device)
+    pair = np.full(longest, model.tokenizer.unk_token_id, dtype=np.int32), longest, 0
+    model.train()
+    while tokens < most * longest:  # the gradients of the smaller ones stay, as in training
+        try:
+            count = 2 * tokens // longest
+            accelerator.backward(model(model.collate([pair] * count), torch.zeros(count))["loss"])
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            break
+        tokens *= 2
+    del reserve
+    model.zero_grad()
+    clear_device_cache(garbage_collection=True)
+    return int(accelerator.gather(torch.tensor([tokens], device=device)).min())
+
+
 def prepare(args, run_dir):
     """What comes before the first evaluation: the accelerator, the model wrapped for it, the optimizer, the train data,
-    the eval data (None: nothing can be measured), and what run.json says of data, base model, versions and hardware."""
+    the eval data (None: nothing can be measured), and what run.json says of data, base model, versions and hardware,
+    `micro_batch_tokens` among it, the bound of a micro-batch."""
     name, max_len = args["model_name_or_path"], args["max_len"]
-    train_rows, eval_rows, data_sha256 = load_data(args)
+    train_rows, eval_rows, paths, data_sha256 = load_data(args)
     check_rows(train_rows, eval_rows, (args["min_label"] + args["max_label"]) / 2)
     model = BertRerankerModel.from_pretrained(name, args["revision"], args["trust_remote_code"])
     if model.new_weights:
@@ -750,35 +961,50 @@ def prepare(args, run_dir):
     base_sha256 = hashlib.sha256()
     for weight in model.state_dict().values():
         base_sha256.update(weight.numpy())
-    train_data, eval_data = (RerankDataset(*part, model, args) for part in ((train_rows, "train"), (eval_rows, "eval")))
+    AcceleratorState._reset_state(reset_partial_state=True)  # so that train() can be called again, as in a notebook
+    cpu = not torch.accelerator.is_available()  # unless told, accelerate overlooks the other CPU processes
+    state, gpus = PartialState(cpu=cpu, timeout=timedelta(days=1)), torch.cuda.device_count()  # a day to tokenise in
+    if gpus > state.num_processes == 1:
+        say(f"Using 1 GPU of {gpus}; all: accelerate launch --num_processes {gpus} {subprocess.list2cmdline(sys.argv)}")
+    with state.local_main_process_first():  # it writes what the others then find
+        train_data, eval_data = (RerankDataset(rows, paths, part, model, args)
+                                 for part, rows in (("train", train_rows), ("eval", eval_rows)))
     wanted = args["metric_for_best_model"].replace("auto", "ndcg@10 average_precision").split()
-    eval_data.lists = candidate_lists([query for query, *_ in eval_rows], eval_data.labels.numpy())
+    eval_data.lists = candidate_lists(eval_rows["query"].tolist(), eval_data.labels.numpy())
     eval_data.metric = next((metric for metric in wanted if eval_data.lists[metric]), None)
-    if not eval_data.metric and (eval_rows or not args["epochs"]):
+    if not eval_data.metric and (len(eval_rows) or not args["epochs"]):
         message = f"there are no eval rows with labels to measure {' or '.join(wanted)} by"
         if args["eval_dataset"] != "auto" or not args["epochs"]:
             raise UserError(f"{message}: give others, or train with --eval_dataset None", exit_status=2)
         say(f"Warning: {message}: no evaluation, and nothing will be claimed about the ranking.")
-    elif eval_rows and args["epochs"] and len(eval_data.lists[eval_data.metric]) < 20:
+    elif len(eval_rows) and args["epochs"] and len(eval_data.lists[eval_data.metric]) < 20:
         say(f"Warning: {len(eval_data.lists[eval_data.metric])} eval queries are too few: a verdict takes 20.")
     if IS_MAIN_PROCESS and args["epochs"]:
+        for stale in {*train_data.cache.parent.iterdir()} - {train_data.cache, eval_data.cache}:
+            stale.unlink()
         shutil.rmtree(run_dir, ignore_errors=True)
         (run_dir / "logs").mkdir(parents=True)
-    AcceleratorState._reset_state(reset_partial_state=True)  # so that train() can be called again, as in a notebook
-    cpu = not torch.accelerator.is_available()  # unless told, accelerate overlooks the other CPU processes
-    state, gpus = PartialState(cpu=cpu), torch.cuda.device_count()
-    if gpus > state.num_processes == 1:
-        say(f"Using 1 GPU of {gpus}; all: accelerate launch --num_processes {gpus} {subprocess.list2cmdline(sys.argv)}")
     accelerator = Accelerator(cpu=cpu, mixed_precision=supported_precision(args["mixed_precision"], state.device),
-                              log_with=args["log_with"] if args["epochs"] else None, project_dir=run_dir / "logs")
+                              log_with=args["log_with"] if args["epochs"] else None, project_dir=run_dir / "logs",
+                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])  # constants
     accelerator.init_trackers("train_bert_rerank", args if args["log_with"] == "wandb" else None,  # no lists
                               {"wandb": {"dir": str(run_dir / "logs")}})
-    groups = [{"params": [weight for weight in model.parameters() if (weight.ndim > 1) == decay],
+    model.model.get_input_embeddings().requires_grad_(not args["freeze_embeddings"])
+    if args["gradient_checkpointing"]:
+        name_of_4 = model.model.gradient_checkpointing_enable  # transformers 5.2x deprecates it
+        getattr(model.model, "activation_checkpointing_enable", name_of_4)({"use_reentrant": False})
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [{"params": [weight for weight in trained if (weight.ndim > 1) == decay],
                "weight_decay": decay * args["weight_decay"]} for decay in (True, False)]  # biases, LayerNorm: False
-    wrapped, optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, args["lr"], (0.9, 0.999), 1e-8))
+    optimizer = torch.optim.AdamW(groups, args["lr"], (0.9, 0.999), 1e-8, fused=True)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
     device, precision, processes = accelerator.device, accelerator.mixed_precision, accelerator.num_processes
+    max_tokens = args["micro_batch_tokens"] or args["batch_size"] * max_len
+    if max_tokens == "auto":
+        most = args["batch_size"] * args["gradient_accumulation_steps"]
+        max_tokens = largest_micro_batch(accelerator, model, int(train_data.lengths.max(initial=1)), most)
     say(f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} M parameters, device {device}, "
-        f"precision {precision.replace('no', 'fp32')}, processes: {processes}")
+        f"precision {precision.replace('no', 'fp32')}, processes: {processes}, micro-batches of {max_tokens} tokens")
     cached = not Path(name).is_dir() and try_to_load_from_cache(name, "config.json", revision=args["revision"])
     git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--verify", "HEAD"]
     return accelerator, wrapped, optimizer, train_data, eval_data if eval_data.metric else None, {
@@ -787,6 +1013,7 @@ def prepare(args, run_dir):
         "versions": {each: version(each) for each in ("torch", "transformers", "tokenizers", "accelerate", "numpy")},
         "hardware": f"{platform.platform()}, {torch.cuda.get_device_name() if device.type == 'cuda' else device}",
         "git_revision": shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "micro_batch_tokens": max_tokens,
     }
 
 
@@ -804,7 +1031,8 @@ def train(args):
     clock = [time.perf_counter()]
     accelerator, wrapped, optimizer, train_data, eval_data, facts = prepare(args, run_dir)
     model = accelerator.unwrap_model(wrapped)
-    base = eval_data and evaluate(accelerator, model, eval_data, args)
+    max_tokens = facts["micro_batch_tokens"]
+    base = eval_data and evaluate(accelerator, model, eval_data, args, max_tokens)
     if base and base["quality"] == -math.inf:
         raise UserError(f"{args['model_name_or_path']} gives no finite scores: mend it, or try --mixed_precision no")
     if not args["epochs"]:
@@ -814,10 +1042,11 @@ def train(args):
         say_verdict(report, args)
         return {"report": report}
     torch.manual_seed(args["seed"] + accelerator.process_index)  # each process drops out on its own
-    shifted = fit_bias(accelerator, model, train_data, args["batch_size"] * args["max_len"])
+    shifted = fit_bias(accelerator, model, train_data, max_tokens)
     clock.append(time.perf_counter())
     say(f"Start training for {args['epochs']} epochs ...")
-    steps, candidates, row_sums, weights = fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, base, args)
+    steps, candidates, weights, row_sums, facts["micro_batch_tokens"] = fine_tune(
+        accelerator, wrapped, optimizer, train_data, eval_data, base, args, max_tokens)
     clock.append(time.perf_counter())
     say("Training finished! Saving model ...")
     report, best, after = judge(candidates, eval_data, args) if eval_data else (None,) * 3
@@ -942,8 +1171,11 @@ def main():
         "document_format": "{}",  # str: the same for a document
         "epochs": 3,  # int 0..: passes over the training rows; 0: evaluate the model as it is, and no more
         "lr": 1e-5,  # float 0..: peak learning rate
-        "batch_size": 2,  # int 1..: batch_size * max_len tokens are the bound of one forward pass, hence its memory
+        "batch_size": 2,  # int 1..: batch_size * max_len padded tokens are the bound of a micro-batch, hence its memory
         "gradient_accumulation_steps": 8,  # int 1..: batch_size * this * processes are the samples of an optimizer step
+        "micro_batch_tokens": None,  # int 1.. | "auto" | None: that bound itself; auto: what the GPU's memory can hold
+        "gradient_checkpointing": False,  # bool: compute activations again rather than keep them: slower, less memory
+        "freeze_embeddings": False,  # bool: do not train the word embeddings, nearly half of bge-reranker-large
         "warmup_proportion": 0.1,  # float 0..1: share of the steps in which the learning rate rises
         "weight_decay": 0.01,  # float 0..: of AdamW, not on biases and LayerNorm
         "max_grad_norm": 1.0,  # float 0..: gradients are clipped to this norm; 0: never

@@ -99,12 +99,12 @@ def rows_to_check(options):
             return output
 
         model = product.BertRerankerModel.from_pretrained(settings["model_name_or_path"])
-        encoded = model.encode([(row["query"], row["content"]) for row in rows], settings.get("max_len", 512))[0]
+        encoded = list(model.encode([(row["query"], row["content"]) for row in rows], settings.get("max_len", 512)))
         product.BertRerankerModel.forward = recording
         fine_tune(noisy, None, **{**settings, "seed": seed})
         product.BertRerankerModel.forward = forward
         sign = np.array([[2 * row["label"] - 1] for row in noisy])
-        margins = sign * np.array([logits[tuple(ids.tolist())][: settings["epochs"]] for ids, _ in encoded])
+        margins = sign * np.array([logits[tuple(ids.tolist())][: settings["epochs"]] for ids, *_ in encoded])
         for what, values in (("mean margin of the logits", margins.mean(1)), ("last epoch's loss", margins[:, -1]),
                              ("mean probability of the label", (1 / (1 + np.exp(-margins))).mean(1)),
                              ("first epoch's loss", margins[:, 0])):  # fmt: skip

@@ -9,13 +9,26 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT, TINY, rows_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from train_bert_rerank import ADVICE, RerankDataset, UserError, check_rows, check_settings, load_data, read_rows
+from train_bert_rerank import (
+    ADVICE,
+    ROW,
+    RerankDataset,
+    UserError,
+    check_rows,
+    check_settings,
+    fingerprints,
+    load_data,
+    load_file,
+    read_rows,
+)
 
 GOOD = b'{"query": "q", "content": "c", "label": 1}'
 GOOD_ROW = ("q", "c", 1)
@@ -27,22 +40,37 @@ def read(tmp_path):
 
     def read(data, name="data.jsonl", min_label=0, max_label=1):
         (tmp_path / name).write_bytes(data)
-        return [row[:3] for row in read_rows(str(tmp_path / name), min_label, max_label)[0]]
+        return [row[:3] for row in read_rows(str(tmp_path / name), min_label, max_label)]
 
     return read
+
+
+@pytest.fixture
+def dataset(tmp_path, reranker):
+    """dataset(bytes, …) -> the RerankDataset of a file that holds them, tokenised afresh."""
+
+    def dataset(data, name="eval", **changes):
+        path, settings = tmp_path / "data.jsonl", check_settings({"output_dir": str(tmp_path / "out"), **changes})
+        path.write_bytes(data)
+        return RerankDataset(load_file(str(path), 0, settings)[0], [str(path)], name, reranker, settings)
+
+    return dataset
 
 
 def test_each_row_knows_its_file_and_line(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(GOOD + b"\n\n" + b'{"query": "q", "pos": ["a", "b"], "neg": []}\n' + GOOD)
-    rows = read_rows(str(path), 0, 1)[0]
-    assert [row[3:] for row in rows] == [(str(path), 1), (str(path), 3), (str(path), 3), (str(path), 4)]
+    rows, _ = load_file(str(path), 7, check_settings({}))
+    assert rows[["file", "number", "line"]].tolist() == [(7, 0, 1), (7, 1, 3), (7, 2, 3), (7, 3, 4)]
 
 
 def load(train_dataset, **settings):
     """load_data's answer for these settings: (query, content, label) rows to train and to evaluate on, checksums."""
-    *rows, checksums = load_data(check_settings({"train_dataset": train_dataset, **settings}))
-    return *([row[:3] for row in part] for part in rows), checksums
+    settings = check_settings({"train_dataset": train_dataset, **settings})
+    *parts, paths, checksums = load_data(settings)
+    texts = [RerankDataset.pairs(SimpleNamespace(rows=part, paths=paths, args=settings)) for part in parts]
+    return *([(*pair, label) for pair, label in zip(*each, strict=True)]
+             for each in zip(texts, (part["label"] for part in parts), strict=True)), checksums  # fmt: skip
 
 
 def line(**changes):
@@ -124,9 +152,9 @@ def test_a_label_outside_of_the_scale_is_refused_with_the_scale(read, low, high,
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\r\n  \n", b"\xef\xbb\xbf", gzip.compress(b"")])
-def test_a_file_without_rows_is_refused_with_what_a_line_should_read(read, tmp_path, data):
+def test_a_file_without_rows_is_refused_with_what_a_line_should_read(dataset, tmp_path, data):
     with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}/data.jsonl: no rows. Each line should be "):
-        read(data)
+        dataset(data)
 
 
 def test_a_missing_file_is_refused_by_its_name(tmp_path):
@@ -209,19 +237,17 @@ def test_any_bytes_give_rows_or_an_error_with_lines_that_exist(tmp_path, chunks)
     if path.read_bytes()[:2] == b"\x1f\x8b":
         return  # gzip has tests of its own
     try:
-        rows = read_rows(str(path), 0, 1)[0]
+        rows = list(read_rows(str(path), 0, 1))
     except UserError as error:
-        if "no rows" in str(error):
-            assert not any(chunk.strip().removeprefix(b"\xef\xbb\xbf").strip() for chunk in chunks)
-            return
         count = int(re.search(r"any\.jsonl: (\d+) bad line", str(error)).group(1))
         numbers = [int(number) for number in re.findall(r"^  line (\d+): ", str(error), re.M)]
         assert len(numbers) == min(count, 10) and numbers == sorted(set(numbers))
         assert all(1 <= number <= len(chunks) and chunks[number - 1].strip() for number in numbers)
         assert not any(chunks[number - 1] == GOOD for number in numbers)
     else:
-        assert rows and len(rows) >= chunks.count(GOOD)
-        for query, content, label, _, number in rows:
+        assert len(rows) >= chunks.count(GOOD)
+        assert rows or not any(chunk.strip().removeprefix(b"\xef\xbb\xbf").strip() for chunk in chunks)
+        for query, content, label, number in rows:
             assert query.strip() and content.strip() and 0 <= label <= 1 and chunks[number - 1].strip()
 
 
@@ -265,10 +291,9 @@ def test_a_separator_inside_a_text_is_no_line_end(read, separator):
         (-10.5, 9.5, [-10.5, -0.5, 9.5], [0, 0.5, 1]),
     ],
 )
-def test_graded_and_soft_labels_are_scaled_linearly(read, reranker, low, high, labels, scaled):
-    rows = read(b"\n".join(line(label=label) for label in labels), min_label=low, max_label=high)
-    data = RerankDataset(rows, "train", reranker, {"min_label": low, "max_label": high, "max_len": 64})
-    assert [label for *_, label in rows] == labels
+def test_graded_and_soft_labels_are_scaled_linearly(dataset, low, high, labels, scaled):
+    data = dataset(b"\n".join(line(label=label) for label in labels), min_label=low, max_label=high, max_len=64)
+    assert data.rows["label"].tolist() == labels
     assert data.labels.tolist() == pytest.approx(scaled, abs=1e-7)
 
 
@@ -296,30 +321,30 @@ def test_the_checksum_is_that_of_the_text_plain_or_gzip(tmp_path):
 
 # ---- What is said ----------------------------------------------------------------------------------------------------
 def test_the_label_distribution_of_the_default_data_is_printed_to_two_decimals(capsys):
-    read_rows(str(ROOT / "default_train_data.jsonl"), 0, 1)
+    load_file(str(ROOT / "default_train_data.jsonl"), 0, check_settings({}))
     said = capsys.readouterr()
     assert said.out == "----- Label Distribution -----\nLabel 0.00: 99 (50.00%)\nLabel 1.00: 99 (50.00%)\n"
     assert "Loading data" in said.err
 
 
-def test_labels_that_print_alike_share_a_line_and_thirds_are_rounded(read, capsys):
-    read(b"\n".join(line(label=label) for label in (0.731, 0.729, 1, 1.0, 0, 0.004)))
+def test_labels_that_print_alike_share_a_line_and_thirds_are_rounded(dataset, capsys):
+    dataset(b"\n".join(line(label=label) for label in (0.731, 0.729, 1, 1.0, 0, 0.004)))
     assert capsys.readouterr().out.splitlines()[1:] == [
         "Label 0.00: 2 (33.33%)", "Label 0.73: 2 (33.33%)", "Label 1.00: 2 (33.33%)",
     ]  # fmt: skip
 
 
-def test_at_most_twenty_labels_are_listed_the_most_frequent_ones_in_ascending_order(read, capsys):
+def test_at_most_twenty_labels_are_listed_the_most_frequent_ones_in_ascending_order(dataset, capsys):
     labels = [index % 30 for index in range(70)]  # 0 to 9 three times, 10 to 29 twice
-    read(b"\n".join(line(label=label) for label in labels), max_label=29)
+    dataset(b"\n".join(line(label=label) for label in labels), max_label=29)
     listed = capsys.readouterr().out.splitlines()[1:]
     assert len(listed) == 20
     assert listed[:10] == [f"Label {label:.2f}: 3 (4.29%)" for label in range(10)]
     assert listed == sorted(listed, key=lambda text: float(text.split()[1].rstrip(":")))
 
 
-def test_small_negative_labels_do_not_print_a_negative_zero(read, capsys):
-    read(b"\n".join(line(label=label) for label in (-0.001, 1)), min_label=-1)
+def test_small_negative_labels_do_not_print_a_negative_zero(dataset, capsys):
+    dataset(b"\n".join(line(label=label) for label in (-0.001, 1)), min_label=-1)
     assert "Label 0.00: 1 (50.00%)" in capsys.readouterr().out
 
 
@@ -358,11 +383,12 @@ WARNINGS = {
 
 @pytest.mark.parametrize("train_rows, eval_rows, warnings", WARNINGS.values(), ids=WARNINGS)
 def test_what_is_seldom_meant_is_warned_of_with_its_count(capsys, train_rows, eval_rows, warnings):
-    check_rows(train_rows, eval_rows, 0.5)
+    check_rows(*(np.array([(0, number, number + 1, *fingerprints(*pair), label) for number, (*pair, label)
+                           in enumerate(rows)], dtype=ROW) for rows in (train_rows, eval_rows)), 0.5)  # fmt: skip
     assert capsys.readouterr().out.splitlines() == [f"Warning: {warning}." for warning in warnings]
 
 
-def test_the_pairs_and_queries_that_max_len_truncates_are_counted_as_the_tokenizer_counts_them(reranker, capsys):
+def test_pairs_and_queries_that_max_len_truncates_are_counted_as_the_tokenizer_counts_them(reranker, dataset, capsys):
     rows = [("问" * (1 + 3 * index % 29), "答" * (1 + 7 * index % 31), index % 2) for index in range(100)]
     max_len, sizes = 24, []
     for query, content, _ in rows:
@@ -372,11 +398,13 @@ def test_the_pairs_and_queries_that_max_len_truncates_are_counted_as_the_tokeniz
     cut = sum(size > max_len for size, _ in sizes)
     query_cut = sum(size > max_len and query >= max_len - special for size, query in sizes)
     assert 0 < query_cut < cut < 100
-    RerankDataset(rows, "eval", reranker, {"min_label": 0, "max_label": 1, "max_len": max_len})
+    data = b"\n".join(line(query=query, content=content, label=label) for query, content, label in rows)
     expected = f"Warning: max_len truncates {cut} eval pairs ({cut}.00%), in {query_cut} the query too.\n"
-    assert capsys.readouterr().out == expected
-    RerankDataset(rows, "eval", reranker, {"min_label": 0, "max_label": 1, "max_len": 128})
-    assert capsys.readouterr().out == ""
+    for _ in range(2):  # the second time from the cache
+        dataset(data, max_len=max_len)
+        assert capsys.readouterr().out.endswith(expected)
+    dataset(data, max_len=128)
+    assert "Warning" not in capsys.readouterr().out
 
 
 # ---- What is held out ------------------------------------------------------------------------------------------------
@@ -441,9 +469,10 @@ def test_what_is_held_out_depends_on_the_seed_and_on_nothing_else(write_jsonl):
     code = (
         "import sys, json, train_bert_rerank as script\n"
         "settings = script.check_settings({'train_dataset': sys.argv[1], 'epochs': 7, 'max_len': 33})\n"
-        "print(json.dumps(script.load_data(settings)[1]))"
+        "print(json.dumps(script.load_data(settings)[1]['number'].tolist()))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)}
     answer = subprocess.run([sys.executable, "-c", code, path], env=environment, stdout=subprocess.PIPE, check=True)
-    assert [tuple(row[:3]) for row in json.loads(answer.stdout.splitlines()[-1])] == held_out[42]
+    rows = as_rows(rows_of(200, queries=50))
+    assert [rows[number] for number in json.loads(answer.stdout.splitlines()[-1])] == held_out[42]
     assert load(path, seed=42)[1] == held_out[42]

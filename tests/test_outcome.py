@@ -3,8 +3,8 @@
 import json
 import re
 import shutil
+from collections import UserList
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -182,8 +182,8 @@ def test_a_run_after_one_that_failed_to_help_removes_what_it_does_not_write_itse
     shutil.copytree(tmp_path / "out" / "final_model", tmp_path / "out" / "fine_tuned_model")
     (tmp_path / "out" / "notes.txt").write_text("mine")
     train_bert_rerank.train(settings_of(data, tmp_path / "out", epochs=1, eval_dataset=None))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"final_model", "logs", "loss_curve.png", "run.json",
-                                                                   "rows_to_check.jsonl", "notes.txt"}  # fmt: skip
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"cache", "final_model", "logs", "loss_curve.png",
+                                                                   "run.json", "rows_to_check.jsonl", "notes.txt"}
     assert "fine_tuned_model, of an earlier run, is removed." in capsys.readouterr().out
 
 
@@ -243,8 +243,8 @@ def test_an_offset_of_any_size_is_taken_out_and_mixtures_do_not_bring_it_back(da
 
 def test_a_head_without_a_bias_and_logits_that_are_not_finite_are_left_as_they_are(capsys):
     model = BertRerankerModel.from_pretrained(TINY)
-    encoded = model.encode([("S35", "充电座")] * 9, 64)[0]
-    dataset = SimpleNamespace(rows=[None] * 9, encoded=encoded, labels=torch.zeros(9))
+    dataset = UserList(model.encode([("S35", "充电座")] * 9, 64))  # a list that can have labels
+    dataset.labels = torch.zeros(9)
     shift = train_bert_rerank.fit_bias
     assert list(shift(None, model, dataset, 640)) == ["model.classifier.out_proj.bias"]
     model.model.classifier.out_proj.bias.data.fill_(torch.nan)

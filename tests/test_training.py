@@ -132,9 +132,9 @@ def test_each_step_is_that_of_a_plain_loop(without_dropout, tmp_path, write_json
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("accelerator.backward(loss * processes)", "accelerator.backward(loss * processes * 8)"),
-        ("accelerator.backward(loss * processes)", "accelerator.backward(loss * processes / 8)"),
-        ("share = len(indices) / window_size if", "share = len(indices) / 8 if"),
+        ("accelerator.backward(loss * accel", "accelerator.backward(loss * 8 * accel"),
+        ("accelerator.backward(loss * accel", "accelerator.backward(loss / 8 * accel"),
+        ("(len(indices) / window_size if", "(len(indices) / 8 if"),
     ],
     ids=["loss x 8", "loss / 8", "last window divided by the full size"],
 )
@@ -242,8 +242,8 @@ def test_a_run_prints_its_stages_in_order_and_a_second_one_replaces_the_first(ru
     places = [first.stdout.index(stage) for stage in stages]
     assert places == sorted(places)
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"final_model", "loss_curve.png", "logs", "run.json", "eval_report.json", "predictions.jsonl",
-                       "score_distribution.png", "rows_to_check.jsonl"}  # fmt: skip
+    assert written == {"cache", "final_model", "loss_curve.png", "logs", "run.json", "eval_report.json",
+                       "predictions.jsonl", "score_distribution.png", "rows_to_check.jsonl"}  # fmt: skip
     assert (tmp_path / "out" / "loss_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     run = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
     assert run["args"]["epochs"] == 2 and run["args"]["lr"] == 1e-5

@@ -11,6 +11,7 @@ from conftest import ROOT, TINY
 
 from train_bert_rerank import (
     METRICS,
+    ROW,
     BertRerankerModel,
     candidate_lists,
     confidence_interval,
@@ -34,11 +35,10 @@ def generator():
 def dataset_of(labels, sizes, metric="ndcg@10"):
     """What judge() needs of a RerankDataset."""
     queries = np.repeat(np.arange(len(sizes)), sizes).tolist()
-    rows = [(f"query {query}", "content", label, "some/eval.jsonl", line)
-            for line, (query, label) in enumerate(zip(queries, labels, strict=True), start=1)]  # fmt: skip
     labels = torch.tensor(labels, dtype=torch.float32)
     lists = candidate_lists(queries, labels.numpy())
-    return SimpleNamespace(rows=rows, lists=lists, labels=labels, metric=metric)
+    rows = np.zeros(len(queries), dtype=ROW)
+    return SimpleNamespace(rows=rows, paths=["some/eval.jsonl"], lists=lists, labels=labels, metric=metric)
 
 
 def queries_of(count, metric="ndcg@10"):

@@ -57,19 +57,19 @@ def test_over_all_processes_every_sample_comes_up_once_an_epoch_within_the_bound
     orders = [torch.Generator().manual_seed(5) for _ in range(processes)]
     for _ in range(2):
         windows = list(zip(*(
-            epoch_windows(lengths, 16, orders[index], processes, index, max_tokens=1024, batch_cost=16)
-            for index in range(processes)
+            [(window, [window[indices] for indices in plan_window(lengths[window], 1024, 16, processes)[index]])
+             for window in epoch_windows(203, 16, orders[index])] for index in range(processes)
         ), strict=True))  # fmt: skip
         assert len(windows) == math.ceil(203 / 16)
         seen = []
         for window in windows:
             micro_batches = [indices for _, mine in window for indices in mine]
             rows = np.concatenate(micro_batches)
-            assert {size for size, _ in window} == {len(rows)}
+            assert {tuple(mine) for mine, _ in window} == {tuple(window[0][0])} and len(rows) == len(window[0][0])
             assert all(len(indices) * lengths[indices].max() <= 1024 for indices in micro_batches)
             seen += rows.tolist()
         assert sorted(seen) == list(range(203))
-        assert [size for (size, _), *_ in windows] == [16] * 12 + [11]
+        assert [len(window) for (window, _), *_ in windows] == [16] * 12 + [11]
 
 
 def test_a_window_is_consecutive_in_the_random_permutation_and_each_epoch_has_its_own():
@@ -77,9 +77,8 @@ def test_a_window_is_consecutive_in_the_random_permutation_and_each_epoch_has_it
     epochs = []
     for _ in range(2):
         permutation = torch.randperm(40, generator=expected).tolist()
-        windows = list(epoch_windows(np.arange(1, 41), 8, order, max_tokens=100, batch_cost=4))
-        for step, (_, micro_batches) in enumerate(windows):
-            assert sorted(np.concatenate(micro_batches)) == sorted(permutation[8 * step : 8 * step + 8])
+        windows = epoch_windows(40, 8, order)
+        assert [window.tolist() for window in windows] == [permutation[step : step + 8] for step in range(0, 40, 8)]
         epochs.append(permutation)
     assert epochs[0] != epochs[1]
 
@@ -94,9 +93,8 @@ def realistic_lengths(kind):
     """Lengths in tokens of the default rows, or of pairs like Cranfield's: some 220 on average, clipped at 512."""
     if kind == "abstracts":
         return np.clip(GENERATOR.lognormal(5.25, 0.6, 6400), 8, 512).astype(int)
-    rows, _ = read_rows(str(ROOT / "default_train_data.jsonl"), 0, 1)
-    encoded, _, _ = BertRerankerModel.from_pretrained(TINY).encode([row[:2] for row in rows], 512)
-    return np.array([len(ids) for ids, _ in encoded])
+    pairs = [row[:2] for row in read_rows(str(ROOT / "default_train_data.jsonl"), 0, 1)]
+    return np.array([len(ids) for ids, *_ in BertRerankerModel.from_pretrained(TINY).encode(pairs, 512)])
 
 
 @pytest.mark.parametrize("kind", ["abstracts", "default data"])
@@ -120,9 +118,9 @@ def test_windows_pad_less_than_five_percent_of_the_tokens_where_random_batches_p
     lengths = realistic_lengths("abstracts")
     order = torch.Generator().manual_seed(0)
     padded = sum(
-        len(indices) * lengths[indices].max()
-        for _, micro_batches in epoch_windows(lengths, 64, order, max_tokens=8 * 512, batch_cost=16)
-        for indices in micro_batches
+        len(indices) * lengths[window][indices].max()
+        for window in epoch_windows(len(lengths), 64, order)
+        for indices in plan_window(lengths[window], max_tokens=8 * 512, batch_cost=16)[0]
     )
     random_batches = lengths.reshape(-1, 8)
     assert lengths.sum() / padded > 0.95

@@ -1,0 +1,376 @@
+"""Memory: micro-batches that do not fit, those that are found to fit, options that save some, and the token cache."""
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, rows_of
+from safetensors.torch import load_file
+from test_training import scalars_of, update_errors, without_dropout  # noqa: F401
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+import train_bert_rerank
+from train_bert_rerank import BertRerankerModel, RerankDataset, UserError, check_settings, first_token_only
+
+FAILURES = ["CUDA out of memory. Tried to allocate 2.00 GiB.", "MPS backend out of memory (MPS allocated: 9 GB)",
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes.",
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"]  # fmt: skip
+
+
+@pytest.fixture
+def settings(tmp_path, write_jsonl):
+    """Settings of a run of two epochs with four windows each, 40 rows of 15 to 75 tokens."""
+    return {"model_name_or_path": TINY, "train_dataset": write_jsonl("rows.jsonl", rows_of(40)), "eval_dataset": None,
+            "output_dir": str(tmp_path / "out"), "max_len": 128, "epochs": 2, "lr": 1e-3, "batch_size": 2,
+            "gradient_accumulation_steps": 5, "mixed_precision": "no"}  # fmt: skip
+
+
+def weights_of(settings, **changes):
+    """Train; the bound at the end and the weights of final_model."""
+    run = train_bert_rerank.train({**settings, **changes})
+    return run["micro_batch_tokens"], load_file(f"{settings['output_dir']}/final_model/model.safetensors")
+
+
+def assert_equal(weights, others):
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def fails_above(limit, monkeypatch, message=FAILURES[0]):
+    """Make training forwards of more than `limit` padded tokens run out of memory; returns the shapes that passed."""
+    forward, passed = BertRerankerModel.forward, []
+
+    def limited(self, batch, labels=None):
+        if self.training and batch["input_ids"].numel() > limit:
+            raise torch.OutOfMemoryError(message) if "CUDA out" in message else RuntimeError(message)
+        passed.append(tuple(batch["input_ids"].shape))
+        return forward(self, batch, labels)
+
+    monkeypatch.setattr(BertRerankerModel, "forward", limited)
+    return passed
+
+
+# ---- Out of memory ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("message", FAILURES)
+def test_out_of_memory_in_the_first_step_gives_the_bits_of_a_run_with_the_smaller_bound(
+    settings, monkeypatch, capsys, message
+):
+    expected = weights_of(settings, micro_batch_tokens=128)
+    fails_above(128, monkeypatch, message)
+    found = weights_of(settings, micro_batch_tokens=512)
+    assert found[0] == expected[0] == 128
+    assert_equal(found[1], expected[1])  # so no random state was lost, no row lost or seen twice
+    out = capsys.readouterr().out
+    assert re.findall(r"Out of memory: from here on .* at most (\d+) tokens", out) == ["256", "128"]
+    assert "--micro_batch_tokens 128 does so from the start." in out
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_window_that_ran_out_of_memory_half_way_is_redone_with_the_same_gradient(
+    settings, without_dropout, monkeypatch, tmp_path, where  # noqa: F811
+):
+    settings = {**settings, "model_name_or_path": without_dropout, "micro_batch_tokens": 160}
+    _, expected = weights_of(settings)
+    logged, calls = scalars_of(tmp_path / "out"), []
+    owner, name = {"forward": (BertRerankerModel, "forward"),
+                   "backward": (train_bert_rerank.Accelerator, "backward")}[where]  # fmt: skip
+    original = getattr(owner, name)
+
+    def fails_once(self, *arguments):
+        calls.extend([name] * torch.is_grad_enabled() * (not torch.is_inference_mode_enabled()))
+        if len(calls) == 12:
+            raise torch.OutOfMemoryError(FAILURES[0])
+        return original(self, *arguments)
+
+    monkeypatch.setattr(owner, name, fails_once)
+    bound, weights = weights_of(settings)
+    assert bound == 80 and len(calls) > 12
+    errors = update_errors(weights, expected, load_file(f"{without_dropout}/model.safetensors"))
+    assert max(errors.values()) < 1e-3
+    for tag, values in scalars_of(tmp_path / "out").items():
+        assert [step for step, _ in values] == list(range(1, 9))
+        assert [value for _, value in values] == pytest.approx([value for _, value in logged[tag]], rel=1e-4)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows_to_check.jsonl").read_text("utf-8").splitlines()]
+    assert all(0 < row["mean_probability"] < 1 for row in rows)
+
+
+def test_one_pair_that_does_not_fit_is_an_error_with_its_size_and_what_to_change(settings, monkeypatch):
+    fails_above(60, monkeypatch)
+    with pytest.raises(UserError) as caught:
+        train_bert_rerank.train(settings)
+    message = str(caught.value)
+    assert re.search(r"micro-batches of 64 tokens; one pair of this step has [67]\d: lower max_len", message), message
+    assert "gradient_checkpointing" in message and "freeze_embeddings" in message
+
+
+def test_another_error_of_the_same_type_is_no_reason_to_try_again(settings, monkeypatch):
+    fails_above(128, monkeypatch, "Expected all tensors to be on the same device")
+    with pytest.raises(RuntimeError, match="same device"):
+        train_bert_rerank.train({**settings, "micro_batch_tokens": 512})
+
+
+DRIVER = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch, train_bert_rerank as script
+accelerator_class, model_class = script.Accelerator, script.BertRerankerModel
+forward, backward, calls = model_class.forward, accelerator_class.backward, []
+def out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+def patched_forward(self, *arguments):
+    calls.extend([1] * self.training)
+    if os.environ["RANK"] == "1" and {where!r} == "forward" and self.training and len(calls) in {failing}:
+        out_of_memory()
+    return forward(self, *arguments)
+def patched_backward(self, loss, **options):
+    if os.environ["RANK"] == "1" and {where!r} == "synchronised backward" and models[0].require_backward_grad_sync:
+        out_of_memory()
+    return backward(self, loss, **options)
+models, step = [], script.backpropagate
+script.backpropagate = lambda accelerator, model, *rest: models.append(model) or step(accelerator, model, *rest)
+model_class.forward, accelerator_class.backward = patched_forward, patched_backward
+script.main()
+"""
+
+
+def run_two_processes(tmp_path, settings, where=None, failing=()):
+    """Run the script on two processes, the second of which runs out of memory at the forwards numbered `failing`, or in
+    the backward that all take part in: the completed process."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER.format(root=str(ROOT), where=where, failing=failing), encoding="utf-8")
+    arguments = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(driver), *arguments],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("failing", [(1,), (4,), (3, 7)])
+def test_of_two_processes_both_redo_the_window_that_did_not_fit_one(settings, without_dropout, tmp_path, failing):  # noqa: F811
+    settings = {**settings, "model_name_or_path": without_dropout, "log_with": None, "micro_batch_tokens": 320}
+    done = run_two_processes(tmp_path, {**settings, "output_dir": str(tmp_path / "whole")})
+    assert done.returncode == 0 and "processes: 2" in done.stdout, done.stdout
+    done = run_two_processes(tmp_path, settings, "forward", failing)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("Out of memory: from here on") == len(failing)
+    weights, expected = (load_file(tmp_path / name / "final_model" / "model.safetensors") for name in ("out", "whole"))
+    errors = update_errors(weights, expected, load_file(f"{without_dropout}/model.safetensors"))
+    assert max(errors.values()) < 1e-3
+    bounds = [json.loads((tmp_path / name / "run.json").read_text())["micro_batch_tokens"] for name in ("out", "whole")]
+    assert bounds == [320 // 2 ** len(failing), 320]
+
+
+def test_out_of_memory_in_the_synchronised_backward_ends_all_processes(settings, tmp_path):
+    done = run_two_processes(tmp_path, settings, "synchronised backward")
+    assert done.returncode == 1 and "torch.OutOfMemoryError: CUDA out of memory." in done.stdout, done.stdout
+
+
+# ---- What fits -------------------------------------------------------------------------------------------------------
+def test_on_a_cpu_auto_is_a_fixed_number_that_run_json_records(settings, tmp_path):
+    expected = weights_of(settings, micro_batch_tokens=1024)
+    found = weights_of(settings, micro_batch_tokens="auto")
+    assert found[0] == 1024 == json.loads((tmp_path / "out" / "run.json").read_text())["micro_batch_tokens"]
+    assert_equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("limit, most, found", [(700, 64, 512), (1030, 64, 1024), (10**9, 10, 1024), (90, 64, 128)])
+def test_where_the_device_has_a_memory_auto_is_the_largest_power_of_two_that_fits(monkeypatch, limit, most, found):
+    model = BertRerankerModel.from_pretrained(TINY)
+    accelerator = train_bert_rerank.Accelerator(cpu=True)
+    monkeypatch.setattr(train_bert_rerank, "MICRO_BATCH_TOKENS", {})  # as if this device had a memory of its own
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**6, 10**6))
+    passed = fails_above(limit, monkeypatch)
+    assert train_bert_rerank.largest_micro_batch(accelerator, model, 100, most) == found
+    assert all(width == 100 and count * width <= limit for count, width in passed)
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+# ---- Options that save memory ----------------------------------------------------------------------------------------
+def test_gradient_checkpointing_gives_the_same_bits(settings, monkeypatch):
+    computed, weights = [], []
+    forward = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda *each, **more: computed.append(torch.is_grad_enabled()) or forward(*each, **more))
+    for checkpointing in (False, True):
+        computed.clear()
+        weights.append((weights_of(settings, gradient_checkpointing=checkpointing)[1], sum(computed)))
+    assert_equal(weights[0][0], weights[1][0])
+    assert weights[1][1] == 2 * weights[0][1], "each layer is computed once more"
+
+
+def test_frozen_word_embeddings_stay_and_cost_no_gradient_and_no_optimizer_state(settings, monkeypatch, write_jsonl):
+    prepared, prepare = [], train_bert_rerank.Accelerator.prepare
+    monkeypatch.setattr(train_bert_rerank.Accelerator, "prepare",
+                        lambda self, *each: prepared.append(each) or prepare(self, *each))  # fmt: skip
+    evaluation = write_jsonl("eval.jsonl", rows_of(60, 20))
+    _, weights = weights_of(settings, freeze_embeddings=True, eval_dataset=evaluation)
+    base = load_file(f"{TINY}/model.safetensors")
+    same = {name for name in base if torch.equal(weights[name], base[name])}
+    assert same == {name for name in base if "word_embeddings" in name}
+    [(model, optimizer)] = prepared
+    trained = sum(weight.numel() for group in optimizer.param_groups for weight in group["params"])
+    embeddings = model.model.get_input_embeddings().weight
+    assert trained == sum(weight.numel() for weight in model.parameters()) - embeddings.numel()
+    assert embeddings.grad is None
+
+
+# ---- The last layer --------------------------------------------------------------------------------------------------
+SMALL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_labels": 1,
+         "intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": 1}  # fmt: skip
+
+
+def small_model(kind, **changes):
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **{**SMALL, **changes})).eval()
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_the_first_token_alone_gives_the_logits_and_gradients_of_the_plain_forward(kind, padded):
+    plain = small_model(kind)
+    fast = copy.deepcopy(plain)
+    first_token_only(fast)
+    ids = torch.randint(2, 100, (5, 40), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(40) < torch.tensor([[40], [31], [22], [13], [4]])).long() if padded else torch.ones_like(ids)
+    batch = {"input_ids": torch.where(mask == 1, ids, 1), "attention_mask": mask}
+    widths = []
+    for model in (plain, fast, copy.deepcopy(fast)):
+        hook = model.base_model.encoder.layer[-1].register_forward_hook(
+            lambda module, inputs, output: widths.append((output if torch.is_tensor(output) else output[0]).shape[1]))
+        model.logits = model(**batch).logits
+        model.logits.square().sum().backward()
+        hook.remove()
+        assert (model.logits - plain.logits).abs().max() < 1e-6
+        for weight, expected in zip(model.parameters(), plain.parameters(), strict=True):
+            assert (weight.grad - expected.grad).abs().max() <= 1e-6 * max(1, expected.grad.abs().max())
+    assert widths == [40, 1, 1]
+
+
+def test_a_copy_of_a_model_computes_with_weights_of_its_own():
+    model = small_model("bert")
+    first_token_only(model)
+    other, ids = copy.deepcopy(model), torch.arange(2, 20)[None]
+    before = model(input_ids=ids).logits
+    other.base_model.encoder.layer[-1].attention.self.value.weight.data.zero_()
+    assert torch.equal(model(input_ids=ids).logits, before) and not torch.equal(other(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("changes", [{"attn_implementation": "eager"}, {"is_decoder": True}])
+def test_what_is_not_recognised_computes_all_tokens(changes):
+    model = small_model("bert", **changes)
+    first_token_only(model)
+    assert "forward" not in vars(model.base_model.encoder.layer[-1].attention)
+
+
+def test_other_architectures_are_left_as_they_are():
+    for kind in ("electra", "distilbert", "mpnet"):
+        model = small_model(kind)
+        before = [dict(vars(module)) for module in model.modules()]
+        first_token_only(model)
+        assert [dict(vars(module)) for module in model.modules()] == before
+
+
+# ---- The token cache -------------------------------------------------------------------------------------------------
+@pytest.fixture
+def tokens(tmp_path, reranker):
+    """tokens(rows, **settings) -> (dataset, number of texts tokenised for it)."""
+
+    def tokens(rows, model=reranker, **changes):
+        path = tmp_path / "data.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        settings = check_settings({"output_dir": str(tmp_path / "out"), **changes})
+        counted, encode = [], model.encode
+        spy = SimpleNamespace(formats=model.formats, plain_tokenizer=model.plain_tokenizer)
+        spy.encode = lambda pairs, max_len: encode((counted.append(1) or pair for pair in pairs), max_len)
+        loaded, _ = train_bert_rerank.load_file(str(path), 0, settings)
+        return RerankDataset(loaded, [str(path)], "train", spy, settings), len(counted)
+
+    return tokens
+
+
+def test_the_cache_holds_what_the_tokenizer_gives_and_spares_the_next_run_the_work(tokens, reranker):
+    rows = rows_of(30)
+    for expected in (30, 0):
+        data, counted = tokens(rows, max_len=24)
+        assert counted == expected
+        encoded = list(reranker.encode([(row["query"], row["content"]) for row in rows], 24))
+        assert len(data) == len(encoded) == len(list(data)) == 30
+        assert all(np.array_equal(ours[0], theirs[0]) and ours[1] == theirs[1]
+                   for ours, theirs in zip(data, encoded, strict=True))  # fmt: skip
+        batches = [reranker.collate(each) for each in (list(data), encoded)]
+        assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[1])
+    assert data.cache.parent.name == "cache" and len(list(data.cache.parent.iterdir())) == 1
+
+
+def test_a_changed_row_or_setting_or_tokenizer_never_finds_the_old_tokens(tokens, tmp_path):
+    rows = rows_of(5)
+    assert tokens(rows)[1] == 5
+    for changed in (
+        [{**rows[0], "content": rows[0]["content"] + "！"}, *rows[1:]], [*rows[:4], {**rows[4], "query": "别的"}],
+        [{**rows[0], "label": 1 - rows[0]["label"]}, *rows[1:]], rows[::-1],
+    ):  # fmt: skip
+        assert tokens(changed)[1] == 5
+    assert tokens(rows[:4])[1] == 4
+    assert tokens(rows, max_len=20)[1] == 5
+    other = BertRerankerModel.from_pretrained(TINY)
+    other.model.config.query_format = "问：{}"
+    assert tokens(rows, other)[1] == 5
+    other.model.config.query_format = "{}"
+    assert tokens(rows, other)[1] == 0
+    other.tokenizer.add_tokens(["说明书"])
+    assert tokens(rows, other)[1] == 5
+    assert tokens(rows)[1] == 0
+
+
+def test_a_write_that_was_cut_off_is_never_used_and_leaves_nothing(tokens, reranker, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_bert_rerank.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        tokens(rows_of(5))
+    assert list((tmp_path / "out" / "cache").iterdir()) == []
+    monkeypatch.undo()
+    assert tokens(rows_of(5))[1] == 5
+
+
+def test_a_killed_write_is_not_taken_for_a_cache_and_goes_with_the_next_run(settings, tmp_path):
+    code = (f"import sys, os; sys.path.insert(0, {str(ROOT)!r}); import train_bert_rerank as script\n"
+            "script.os.fsync = lambda _: os._exit(9)\nscript.train(eval(sys.argv[1]))")  # fmt: skip
+    killed = subprocess.run([sys.executable, "-c", code, repr(settings)], capture_output=True)
+    assert killed.returncode == 9
+    [left] = (tmp_path / "out" / "cache").iterdir()
+    assert left.suffix != ".tokens"
+    train_bert_rerank.train(settings)
+    assert left not in (tmp_path / "out" / "cache").iterdir()
+
+
+def test_a_file_that_changes_between_reading_and_tokenising_is_an_error(tokens, tmp_path, reranker):
+    data, _ = tokens(rows_of(5))
+    for content in (rows_of(4), [*rows_of(4), {**rows_of(5)[4], "content": "neu"}]):
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+        with pytest.raises(UserError, match="data.jsonl has changed since this run loaded it"):
+            list(data.pairs())
+
+
+def test_data_that_change_during_a_run_cost_the_list_of_texts_alone(settings, tmp_path, monkeypatch, capsys):
+    judge = train_bert_rerank.judge
+    evaluation = tmp_path / "eval.jsonl"
+    evaluation.write_text("".join(json.dumps(row) + "\n" for row in rows_of(60, 20)), encoding="utf-8")
+    monkeypatch.setattr(train_bert_rerank, "judge", lambda *each: (evaluation.write_text("{}"), judge(*each))[1])
+    train_bert_rerank.train({**settings, "eval_dataset": str(evaluation)})
+    assert "Warning: predictions.jsonl is not written: " in capsys.readouterr().out
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "predictions.jsonl" not in written
+    assert {"final_model", "run.json", "eval_report.json", "rows_to_check.jsonl", "score_distribution.png"} <= written
+
+
+def test_rows_that_are_not_neighbours_are_read_anew_by_number(tokens):
+    rows = [{"query": f"q{index}", "pos": [f"a{index}", f"b{index}"], "neg": ["c"]} for index in range(5)]
+    data, _ = tokens(rows)
+    assert list(data.pairs(np.array([0, 4, 5, 14]))) == [("q0", "a0"), ("q1", "b1"), ("q1", "c"), ("q4", "c")]
