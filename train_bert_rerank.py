@@ -23,7 +23,7 @@ from datetime import timedelta
 from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
-from itertools import compress, islice
+from itertools import compress, islice, zip_longest
 from pathlib import Path
 from types import MethodType
 
@@ -31,11 +31,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from accelerate.utils.memory import clear_device_cache
 from huggingface_hub import HfApi, errors, try_to_load_from_cache
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 ADVICE = 'Each line should be a JSON object in UTF-8: {"query": "…", "content": "…", "label": 1}'
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # torchrun and accelerate launch set RANK
@@ -43,6 +43,7 @@ RESULTS = ["final_model", "fine_tuned_model", "logs", "loss_curve.png", "score_d
            "predictions.jsonl", "rows_to_check.jsonl", "run.json"]  # moved in this order: run.json marks a finished run
 MICRO_BATCH_COST = {"cpu": 16, "cuda": 256, "mps": 256}  # what one more micro-batch costs, in padded tokens
 MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 4096}  # micro_batch_tokens "auto" without a memory of the device's own
+OUT_OF_MEMORY = "out of memory", "ALLOC_FAILED", "can't allocate memory"  # CUDA and MPS, cuBLAS, the CPU's allocator
 ROW = np.dtype([("file", "i4"), ("number", "i8"), ("line", "i8"), ("query", "u8"), ("pair", "u8"), ("label", "f8")])
 
 
@@ -125,7 +126,7 @@ class BertRerankerModel(torch.nn.Module):
                 tokenizer = AutoTokenizer.from_pretrained(name, **options)
                 if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers 5 makes one up without files
                     raise OSError("the files of its tokenizer are missing")
-                model, info = AutoModelForSequenceClassification.from_pretrained(  # where peft is, it looks for adapters
+                model, info = AutoModelForSequenceClassification.from_pretrained(  # with peft it looks for adapters
                     name, num_labels=1, ignore_mismatched_sizes=True, output_loading_info=True,
                     adapter_kwargs={"local_files_only": local_only}, **options)
                 break
@@ -164,11 +165,6 @@ class BertRerankerModel(torch.nn.Module):
         return min(int(self.tokenizer.model_max_length), 10**9, *usable)
 
     @property
-    def formats(self):
-        """What a query and a document become before they are tokenised, as saved in the config."""
-        return [getattr(self.model.config, key, "{}") for key in ("query_format", "document_format")]
-
-    @property
     def plain_tokenizer(self):
         """The tokenizers.Tokenizer underneath, which neither cuts nor pads."""
         self.tokenizer.backend_tokenizer.no_truncation()
@@ -180,9 +176,10 @@ class BertRerankerModel(torch.nn.Module):
         query only where it leaves no room, down to room for one token of the document."""
         tokenizer, pairs = self.plain_tokenizer, iter(pairs)  # transformers' "only_second" raises at too long a query
         room = max_len - tokenizer.num_special_tokens_to_add(is_pair=True)
+        formats = [getattr(self.model.config, key, "{}") for key in ("query_format", "document_format")]
         while chunk := list(islice(pairs, 1000)):
             sides = [tokenizer.encode_batch_fast([form.replace("{}", text) for text in texts], add_special_tokens=False)
-                     for form, texts in zip(self.formats, zip(*chunk, strict=True), strict=True)]
+                     for form, texts in zip(formats, zip(*chunk, strict=True), strict=True)]
             for query, document in zip(*sides, strict=True):
                 cut = 0
                 if len(query) + len(document) > room:
@@ -376,38 +373,39 @@ def check_rows(train_rows, eval_rows, middle):
 class RerankDataset:
     """N rows: a sequence of encoded pairs, with `labels` [N] in [0, 1] and `lengths` [N] in tokens. prepare() gives the
     eval data `lists`, of candidate_lists(), and `metric`, that of METRICS by which weights are compared.
-    The token ids of all rows stand one after the other in one int32 file, `cache`, then columns of N lengths,
-    boundaries and cuts. It is mapped into memory, so the processes of a machine share it, and is named by a checksum of
-    all that it depends on, so another run may find it."""
+    The token ids of all rows stand one after the other in an int32 file, `cache`, then their lengths, boundaries, cuts.
+    It is mapped into memory, so that the processes of a machine share it, and named by all that it depends on."""
     def __init__(self, rows, paths, name, model, args):
         self.rows, self.paths, self.args = rows, paths, args
-        self.labels = torch.from_numpy((rows["label"] - args["min_label"]) / (args["max_label"] - args["min_label"]))
-        facts = version("tokenizers"), model.plain_tokenizer.to_str(), model.formats, args["max_len"]
+        scale = args["max_label"] - args["min_label"]
+        self.labels = torch.from_numpy((rows["label"] - args["min_label"]) / scale).float()
+        facts = (model.plain_tokenizer.to_str(), model.model.config.to_json_string(), version("tokenizers"),
+                 args["max_len"])
         key = hashlib.sha256(rows.tobytes() + repr(facts).encode()).hexdigest()
         self.cache = Path(args["output_dir"], "cache", f"{key}.tokens")
         if not self.cache.exists():
             self.tokenize(model, name)
-        tokens, columns = np.asarray(np.memmap(self.cache, np.int32, "r")), 3 * len(rows)
-        self.lengths, self.boundaries, cut = tokens[-columns - 1 : -1].reshape(3, len(rows))
-        self.tokens, self.ends, self.labels = tokens, np.cumsum(self.lengths, dtype=np.int64), self.labels.float()
+        self.tokens = np.asarray(np.memmap(self.cache, np.int32, "r"))
+        self.lengths, self.boundaries, cut = self.tokens[-3 * len(rows) - 1 : -1].reshape(3, len(rows))
+        self.ends = np.cumsum(self.lengths, dtype=np.int64)
         if cut.any():
             say(f"Warning: max_len truncates {(cut > 0).sum()} {name} pairs ({(cut > 0).mean():.2%}), "
                 f"in {(cut > 1).sum()} the query too.")
 
     def tokenize(self, model, name):
         """Write `cache`, under another name until it is complete and on disk."""
-        self.cache.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.cache.with_suffix(f".{platform.node()}.{os.getpid()}")
-        columns = np.zeros((3, len(self.rows)), dtype=np.int32)
-        bar = tqdm(desc=f"Tokenizing {name} data", total=len(self), disable=not (IS_MAIN_PROCESS and len(self)))
+        columns = np.zeros((3, len(self)), dtype=np.int32)
+        encoded = tqdm(model.encode(self.pairs(), self.args["max_len"]), f"Tokenizing {name} data", len(self),
+                       disable=not (IS_MAIN_PROCESS and len(self)))
+        self.cache.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(unfinished, "wb") as file, bar:
-                for number, (ids, boundary, cut) in enumerate(model.encode(self.pairs(), self.args["max_len"])):
-                    file.write(ids)
+            with open(unfinished, "wb") as file:
+                for number, (ids, boundary, cut) in enumerate(encoded):
                     columns[:, number] = len(ids), boundary, cut
-                    bar.update()
+                    file.write(ids)
                 file.write(columns)
-                file.write(np.int32(len(self.rows)))  # an empty file could not be mapped
+                file.write(np.int32(len(self)))  # an empty file could not be mapped
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, self.cache)
@@ -419,17 +417,13 @@ class RerankDataset:
         need no memory; UserError where a file has changed since it was loaded."""
         rows = self.rows[chosen]
         for file in np.unique(rows["file"]):
-            of_file, found, path = rows[rows["file"] == file], 0, self.paths[file]
-            is_chosen = np.zeros(of_file["number"][-1] + 1, dtype=bool)
-            is_chosen[of_file["number"]] = True
-            texts = compress(read_rows(path, self.args["min_label"], self.args["max_label"]), is_chosen.tolist())
-            for pair, (query, content, *_) in zip(of_file["pair"].tolist(), texts, strict=False):
-                if fingerprints(query, content)[1] != pair:
-                    break
-                found += 1
-                yield query, content
-            if found < len(of_file):
-                raise UserError(f"{path} has changed since this run loaded it")
+            part, path = rows[rows["file"] == file], self.paths[file]
+            is_chosen = np.isin(np.arange(part["number"][-1] + 1), part["number"]).tolist()
+            found = compress(read_rows(path, self.args["min_label"], self.args["max_label"]), is_chosen)
+            for pair, row in zip_longest(part["pair"].tolist(), found):
+                if not row or fingerprints(*row[:2])[1] != pair:
+                    raise UserError(f"{path} has changed since this run loaded it")
+                yield row[:2]
 
     def __len__(self):
         return len(self.rows)
@@ -697,67 +691,77 @@ def fit_bias(accelerator, model, dataset, max_tokens):
     return before
 
 
-def is_out_of_memory(error):
-    """Whether a RuntimeError says that memory ran out, in the words of CUDA, MPS, cuBLAS or the CPU's allocator."""
-    return any(words in str(error) for words in ("out of memory", "ALLOC_FAILED", "can't allocate memory"))
+def backpropagate(accelerator, model, dataset, window_size, micro_batches, results):
+    """Backpropagate the mean BCE over exactly the samples of a window, over all processes; append (its share of the
+    loss, probabilities [B]) of each micro-batch to `results`. A generator, which yields once: before the backward that
+    waits for all processes."""
+    collate, none = accelerator.unwrap_model(model).collate, not micro_batches
+    # DDP needs a backward of every process: one without a sample of the window takes a row that weighs nothing.
+    for number, indices in enumerate(micro_batches or [np.array([0])], start=1):
+        with accelerator.no_sync(model):
+            output = model(collate([dataset[index] for index in indices]), dataset.labels[indices])
+            loss = output["loss"] * (0.0 if none else len(indices) / window_size)
+            synchronise = nullcontext()
+            if number >= len(micro_batches):  # once a window
+                yield
+                synchronise = accelerator.trigger_sync_in_backward(model)
+            with synchronise:
+                accelerator.backward(loss * accelerator.num_processes)  # DDP takes the mean over the processes
+        results.append((loss.detach(), output["logits"].detach().sigmoid().flatten()[none:]))
 
 
-def backpropagate(accelerator, model, dataset, window_size, micro_batches):
-    """Backpropagate the mean BCE over exactly the samples of a window, over all processes. Returns it and the
-    probabilities of this process's `micro_batches`, in their order; None where memory ran out on any process."""
-    collate, is_agreed, failed = accelerator.unwrap_model(model).collate, accelerator.num_processes == 1, False
-    loss_sum, probabilities = 0.0, []
-    try:
-        # DDP needs a backward of every process: one without a sample of the window takes a row that weighs nothing.
-        for number, indices in enumerate(micro_batches or [np.array([0])], start=1):
-            with accelerator.no_sync(model):
-                output = model(collate([dataset[index] for index in indices]), dataset.labels[indices])
-                loss = output["loss"] * (len(indices) / window_size if micro_batches else 0.0)
-                is_last = number >= len(micro_batches)
-                if is_last and not is_agreed:  # its backward waits for all processes, so all must have come so far
-                    is_agreed, failed = True, accelerator.reduce(torch.zeros((), device=loss.device), "sum").item() > 0
-                    if failed:
-                        break
-                with accelerator.trigger_sync_in_backward(model) if is_last else nullcontext():
-                    accelerator.backward(loss * accelerator.num_processes)  # DDP takes the mean over the processes
-            loss_sum += loss.detach()
-            probabilities.append(output["logits"].detach().sigmoid().squeeze(-1))
-    except RuntimeError as error:
-        if not is_out_of_memory(error) or is_agreed and accelerator.num_processes > 1:
-            raise  # in the second case the others wait for this one, and the launcher ends them
-        failed = True
-    if not is_agreed:
-        accelerator.reduce(torch.ones((), device=accelerator.device), "sum")
-    if failed:
-        return None
-    return accelerator.reduce(loss_sum, "sum"), torch.cat(probabilities)[: sum(map(len, micro_batches))]
-
-
-def train_window(accelerator, model, dataset, window, max_tokens):
-    """Backpropagate a `window` (row numbers) in micro-batches of at most `max_tokens` padded tokens. Where memory runs
-    out the bound is halved and the window redone from the same random state. Returns the loss, this process's rows,
-    their probabilities, and the bound in force."""
-    device, lengths = accelerator.device, dataset.lengths[window]
-    on_device = None if device.type == "cpu" else torch.get_device_module(device)
-    states = torch.get_rng_state(), on_device and on_device.get_rng_state()
+def train_window(accelerator, model, dataset, window, max_tokens, seed):
+    """Backpropagate a `window` (row numbers) in micro-batches of at most `max_tokens` padded tokens, dropping out as
+    `seed` says. Where any process runs out of memory, all halve the bound and do the window again. Returns the loss,
+    this process's rows, their probabilities, and the bound in force."""
+    device, processes, lengths = accelerator.device, accelerator.num_processes, dataset.lengths[window]
     while True:
-        plan = plan_window(lengths, max_tokens, MICRO_BATCH_COST[device.type], accelerator.num_processes)
-        micro_batches = [window[indices] for indices in plan[accelerator.process_index]]
-        done = backpropagate(accelerator, model, dataset, len(window), micro_batches)
-        if done:
-            return done[0], np.concatenate([np.zeros(0, dtype=np.int64), *micro_batches]), done[1], max_tokens
+        torch.manual_seed(seed)
+        plan = plan_window(lengths, max_tokens, MICRO_BATCH_COST[device.type], processes)[accelerator.process_index]
+        micro_batches, results, failed = [window[indices] for indices in plan], [], False
+        attempt = backpropagate(accelerator, model, dataset, len(window), micro_batches, results)
+        for is_synchronised in (False, True):
+            try:
+                next(attempt, None)
+            except RuntimeError as error:
+                if not any(words in str(error) for words in OUT_OF_MEMORY) or is_synchronised and processes > 1:
+                    raise  # in the second case the others wait in vain, and the launcher ends them
+                failed = True
+            if processes > 1 and not is_synchronised:  # all go on, or none
+                failed = accelerator.reduce(torch.tensor(float(failed), device=device), "sum").item() > 0
+            if failed:
+                break
+        else:
+            losses, probabilities = zip(*results, strict=True)
+            rows = np.concatenate([window[:0], *micro_batches])
+            return accelerator.reduce(sum(losses), "sum"), rows, torch.cat(probabilities), max_tokens
         if max_tokens <= lengths.max():
-            raise UserError(
-                f"out of memory with micro-batches of {max_tokens} tokens; one pair of this step has {lengths.max()}: "
-                "lower max_len, or set gradient_checkpointing or freeze_embeddings to true, or mixed_precision to bf16")
+            raise UserError(f"out of memory at {max_tokens} tokens, and one pair has {lengths.max()}: lower max_len, "
+                            "or try --gradient_checkpointing true, --freeze_embeddings true, --mixed_precision bf16")
         max_tokens //= 2
         say(f"Out of memory: from here on micro-batches have at most {max_tokens} tokens, and this step is done again. "
             f"--micro_batch_tokens {max_tokens} does so from the start.")
+        attempt = results = None
         model.zero_grad()
         clear_device_cache(garbage_collection=True)
-        torch.set_rng_state(states[0])
-        if on_device:
-            on_device.set_rng_state(states[1])
+
+
+def largest_micro_batch(accelerator, wrapped, dataset, samples):
+    """What micro_batch_tokens "auto" stands for. On a GPU the largest power of two at which a window of nothing but the
+    longest row goes forward and backward, with room for the optimizer's state and a tenth of the memory to spare;
+    elsewhere that of MICRO_BATCH_TOKENS."""
+    if accelerator.device.type in MICRO_BATCH_TOKENS:
+        return MICRO_BATCH_TOKENS[accelerator.device.type]
+    trained = sum(weight.numel() for weight in wrapped.parameters() if weight.requires_grad)
+    spare = torch.empty(8 * trained + torch.cuda.mem_get_info()[1] // 10, dtype=torch.uint8, device=accelerator.device)
+    window = np.full(samples, dataset.lengths.argmax())
+    max_tokens = 1 << int(samples * dataset.lengths.max() - 1).bit_length()
+    wrapped.train()
+    *_, max_tokens = train_window(accelerator, wrapped, dataset, window, max_tokens, seed=0)  # halves it until it fits
+    del spare
+    wrapped.zero_grad()
+    clear_device_cache(garbage_collection=True)
+    return max_tokens
 
 
 def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, base, args, max_tokens):
@@ -779,7 +783,9 @@ def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, base, args
         for step, (epoch, window) in enumerate(windows, start=1):
             started = time.perf_counter()
             model.train()
-            loss, rows, probabilities, max_tokens = train_window(accelerator, wrapped, train_data, window, max_tokens)
+            seed = np.random.SeedSequence([args["seed"], accelerator.process_index, step]).generate_state(1).item()
+            loss, rows, probabilities, max_tokens = train_window(
+                accelerator, wrapped, train_data, window, max_tokens, seed)  # each process drops out on its own
             lr = learning_rate(step, total_steps, args["lr"], args["warmup_proportion"])
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -918,32 +924,6 @@ def say_verdict(report, args):
     say(f"Verdict: {verdict}. {found}.\nNext: {advice}.")
 
 
-def largest_micro_batch(accelerator, model, longest, most):
-    """What micro_batch_tokens "auto" stands for: on a GPU the largest power of two of padded tokens at which as many
-    pairs of `longest` tokens as it holds go forward and backward, beside the optimizer's state and a tenth of the
-    memory, which stay free; no more than `most` pairs need. Elsewhere MICRO_BATCH_TOKENS."""
-    device, tokens = accelerator.device, 1 << (longest - 1).bit_length()
-    if device.type in MICRO_BATCH_TOKENS:
-        return MICRO_BATCH_TOKENS[device.type]
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    reserve = torch.empty(8 * trained + torch.cuda.mem_get_info()[1] // 10, dtype=torch.uint8, device=device)
-    pair = np.full(longest, model.tokenizer.unk_token_id, dtype=np.int32), longest, 0
-    model.train()
-    while tokens < most * longest:  # the gradients of the smaller ones stay, as in training
-        try:
-            count = 2 * tokens // longest
-            accelerator.backward(model(model.collate([pair] * count), torch.zeros(count))["loss"])
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            break
-        tokens *= 2
-    del reserve
-    model.zero_grad()
-    clear_device_cache(garbage_collection=True)
-    return int(accelerator.gather(torch.tensor([tokens], device=device)).min())
-
-
 def prepare(args, run_dir):
     """What comes before the first evaluation: the accelerator, the model wrapped for it, the optimizer, the train data,
     the eval data (None: nothing can be measured), and what run.json says of data, base model, versions and hardware,
@@ -1001,8 +981,8 @@ def prepare(args, run_dir):
     device, precision, processes = accelerator.device, accelerator.mixed_precision, accelerator.num_processes
     max_tokens = args["micro_batch_tokens"] or args["batch_size"] * max_len
     if max_tokens == "auto":
-        most = args["batch_size"] * args["gradient_accumulation_steps"]
-        max_tokens = largest_micro_batch(accelerator, model, int(train_data.lengths.max(initial=1)), most)
+        samples = args["batch_size"] * args["gradient_accumulation_steps"] * processes
+        max_tokens = largest_micro_batch(accelerator, wrapped, train_data, samples) if args["epochs"] else 32 * max_len
     say(f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} M parameters, device {device}, "
         f"precision {precision.replace('no', 'fp32')}, processes: {processes}, micro-batches of {max_tokens} tokens")
     cached = not Path(name).is_dir() and try_to_load_from_cache(name, "config.json", revision=args["revision"])
@@ -1041,7 +1021,6 @@ def train(args):
             write_evaluation(run_dir, eval_data, report, {"the model as it is": base["scores"]})
         say_verdict(report, args)
         return {"report": report}
-    torch.manual_seed(args["seed"] + accelerator.process_index)  # each process drops out on its own
     shifted = fit_bias(accelerator, model, train_data, max_tokens)
     clock.append(time.perf_counter())
     say(f"Start training for {args['epochs']} epochs ...")

@@ -2,6 +2,7 @@
 
     python benchmarks/default_run.py cross_validate   # grid over the training queries alone, minutes per cell
     python benchmarks/default_run.py report           # five seeds on the eval file, with two controls
+    python benchmarks/default_run.py batches          # five seeds with windows and with plain random batches
 
 `cross_validate` never opens the eval file: five folds of the training queries, fp32, weights of the last epoch.
 `report` shows the verdict over five seeds, and the same with the training labels shuffled within the file and with
@@ -23,6 +24,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import train_bert_rerank as product  # noqa: E402
 from train_bert_rerank import train  # noqa: E402
 
 # The README's command; everything else is as main() has it.
@@ -120,6 +122,25 @@ def report():
               f"from {min(changes):+.4f} to {max(changes):+.4f}", flush=True)
 
 
+def batches():
+    """NDCG@10 of the last epoch with windows, and with batches of `batch_size` consecutive rows of the permutation."""
+    train_rows, eval_rows = read("default_train_data.jsonl"), read("default_eval_data.jsonl")
+    plan_window = product.plan_window
+
+    def random_batches(lengths, max_tokens, batch_cost, *processes):
+        """What a plain loop does with batches of 2; evaluation, which names no processes, plans as ever."""
+        pairs = [np.split(np.arange(len(lengths)), range(2, len(lengths), 2))]
+        return pairs if processes else plan_window(lengths, max_tokens, batch_cost)
+
+    for name, plan in (("windows", plan_window), ("random batches of 2", random_batches)):
+        product.plan_window, found = plan, []
+        for seed in SEEDS:
+            report = fine_tune(train_rows, eval_rows, seed=seed, load_best_model_at_end=False)
+            found.append(report["after"]["ndcg@10"])
+        seeds = " ".join(f"{each:.3f}" for each in found)
+        print(f"| {name} | {seeds} | {np.mean(found):.4f} | {np.std(found, ddof=1):.4f} |", flush=True)
+
+
 def blank(rows):
     """The rows with two characters that no passage holds in place of each query: they keep the lists apart, no more."""
     used = set("".join(row["content"] for row in rows))
@@ -131,5 +152,5 @@ def blank(rows):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cross_validate", "report"))
-    {"cross_validate": cross_validate, "report": report}[parser.parse_args().what]()
+    parser.add_argument("what", choices=("cross_validate", "report", "batches"))
+    {"cross_validate": cross_validate, "report": report, "batches": batches}[parser.parse_args().what]()

@@ -1,11 +1,15 @@
-"""Two optimizer steps at the true size: bge-reranker-large's shape with random weights, max_len 512, fp32.
+"""Memory and time of an optimizer step at the true size: bge-reranker-large's shape, random weights, max_len 512, fp32.
 
-    python benchmarks/true_size.py
+    python benchmarks/true_size.py                            # the four combinations of the memory options
+    python benchmarks/true_size.py --batch_size 1 --options both
 
-24 layers, 1,024 wide, a vocabulary of 250,002: 560 million parameters, so some 5 GB of temporary files and 12 GB of
-memory. The tokenizer is tiny_reranker's. Prints seconds and peak memory from the run's own run.json.
+24 layers, 1,024 wide, a vocabulary of 250,002: 560 million parameters, so some 5 GB of temporary files and up to 16 GB
+of memory. The tokenizer is tiny_reranker's. A step of 4 pairs of 512 tokens each, in micro-batches of `--batch_size`
+pairs; each combination is a run of its own, whose run.json tells seconds and peak memory. On a GPU the memory is the
+GPU's, and `--mixed_precision bf16` is what a run has by default.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -16,32 +20,48 @@ import torch
 from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaForSequenceClassification
 
 ROOT = Path(__file__).resolve().parent.parent
+OPTIONS = {"none": [], "freeze_embeddings": ["freeze_embeddings"], "gradient_checkpointing": ["gradient_checkpointing"],
+           "both": ["freeze_embeddings", "gradient_checkpointing"]}  # fmt: skip
+
+
+def make(folder):
+    """Save the random model and four rows of 512 tokens and more."""
+    torch.manual_seed(0)
+    config = XLMRobertaConfig(
+        vocab_size=250_002, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+        max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, num_labels=1,
+    )  # fmt: skip
+    XLMRobertaForSequenceClassification(config).save_pretrained(f"{folder}/model")
+    AutoTokenizer.from_pretrained(ROOT / "tiny_reranker").save_pretrained(f"{folder}/model")
+    rows = [json.loads(line) for line in (ROOT / "default_train_data.jsonl").read_text("utf-8").splitlines()]
+    with open(f"{folder}/rows.jsonl", "w", encoding="utf-8") as file:
+        for start, row in enumerate(rows[:4]):
+            text = "".join(other["content"] for other in rows[start : start + 9])
+            file.write(json.dumps({**row, "content": text}) + "\n")
 
 
 def main():
-    """Save the random model, train on 32 pairs of 512 tokens, report."""
+    """Make the model once, then run and print a line for each combination."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
+    parser.add_argument("--batch_size", type=int, default=2, choices=(1, 2, 4))
+    parser.add_argument("--mixed_precision", default="no")
+    asked = parser.parse_args()
+    print("| options | peak memory, GiB | seconds of the step |\n| --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        config = XLMRobertaConfig(
-            vocab_size=250_002, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-            max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, num_labels=1,
-        )  # fmt: skip
-        XLMRobertaForSequenceClassification(config).save_pretrained(f"{folder}/model")
-        AutoTokenizer.from_pretrained(ROOT / "tiny_reranker").save_pretrained(f"{folder}/model")
-        rows = [json.loads(line) for line in (ROOT / "default_train_data.jsonl").read_text("utf-8").splitlines()]
-        texts = ["".join(row["content"] for row in rows[start : start + 9]) for start in range(32)]
-        with open(f"{folder}/rows.jsonl", "w", encoding="utf-8") as file:
-            for row, text in zip(rows[:32], texts, strict=True):
-                file.write(json.dumps({**row, "content": text}) + "\n")
-        subprocess.run(
-            [sys.executable, str(ROOT / "train_bert_rerank.py"), "--model_name_or_path", f"{folder}/model",
-             "--train_dataset", f"{folder}/rows.jsonl", "--eval_dataset", "None", "--output_dir", f"{folder}/out",
-             "--epochs", "1", "--mixed_precision", "no"], check=True,
-        )  # fmt: skip
-        run = json.loads(Path(folder, "out", "run.json").read_text("utf-8"))
-        training, preparation = run["seconds"]["training"], run["seconds"]["preparation"]
-        print(f"2 steps of 16 pairs of 512 tokens: {training:.0f} s after {preparation:.0f} s of preparation, "
-              f"peak memory {run['peak_memory_bytes'] / 2**30:.1f} GiB")
+        make(folder)
+        for name in asked.options:
+            settings = {
+                "model_name_or_path": f"{folder}/model", "train_dataset": f"{folder}/rows.jsonl", "eval_dataset": None,
+                "output_dir": f"{folder}/out", "epochs": 1, "batch_size": asked.batch_size, "log_with": None,
+                "gradient_accumulation_steps": 4 // asked.batch_size, "mixed_precision": asked.mixed_precision,
+                **dict.fromkeys(OPTIONS[name], True),
+            }  # fmt: skip
+            arguments = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+            subprocess.run([sys.executable, str(ROOT / "train_bert_rerank.py"), *arguments], check=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+            run = json.loads(Path(folder, "out", "run.json").read_text("utf-8"))
+            print(f"| {name} | {run['peak_memory_bytes'] / 2**30:.1f} | {run['seconds']['training']:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

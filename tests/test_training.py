@@ -134,7 +134,7 @@ def test_each_step_is_that_of_a_plain_loop(without_dropout, tmp_path, write_json
     [
         ("accelerator.backward(loss * accel", "accelerator.backward(loss * 8 * accel"),
         ("accelerator.backward(loss * accel", "accelerator.backward(loss / 8 * accel"),
-        ("(len(indices) / window_size if", "(len(indices) / 8 if"),
+        ("else len(indices) / window_size)", "else len(indices) / 8)"),
     ],
     ids=["loss x 8", "loss / 8", "last window divided by the full size"],
 )
