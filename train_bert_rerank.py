@@ -18,21 +18,19 @@ import subprocess
 import sys
 import time
 import zlib
-from contextlib import nullcontext
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
 from itertools import compress, islice, zip_longest
 from pathlib import Path
-from types import MethodType
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from accelerate.utils.memory import clear_device_cache
+from accelerate.utils import DistributedDataParallelKwargs, release_memory, set_seed
 from huggingface_hub import HfApi, errors, try_to_load_from_cache
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -43,7 +41,8 @@ RESULTS = ["final_model", "fine_tuned_model", "logs", "loss_curve.png", "score_d
            "predictions.jsonl", "rows_to_check.jsonl", "run.json"]  # moved in this order: run.json marks a finished run
 MICRO_BATCH_COST = {"cpu": 16, "cuda": 256, "mps": 256}  # what one more micro-batch costs, in padded tokens
 MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 4096}  # micro_batch_tokens "auto" without a memory of the device's own
-OUT_OF_MEMORY = "out of memory", "ALLOC_FAILED", "can't allocate memory"  # CUDA and MPS, cuBLAS, the CPU's allocator
+OUT_OF_MEMORY = "out of memory", "ALLOC_FAILED", "you tried to allocate"  # CUDA and MPS, cuBLAS, the CPU's allocator
+# A row without its texts: number of its file and in its file, line, fingerprints of query and pair, label as it stands.
 ROW = np.dtype([("file", "i4"), ("number", "i8"), ("line", "i8"), ("query", "u8"), ("pair", "u8"), ("label", "f8")])
 
 
@@ -92,9 +91,8 @@ def first_token_attention(self, hidden_states, attention_mask=None, *_, **__):
     projections = (own.query, first), (own.key, hidden_states), (own.value, hidden_states)
     heads = [layer(each).unflatten(-1, (own.num_attention_heads, -1)).transpose(1, 2) for layer, each in projections]
     mask = None if attention_mask is None else attention_mask[:, :, :1]  # [B, 1, 1, T]
-    dropout = own.dropout.p if own.training else 0.0
-    context = torch.nn.functional.scaled_dot_product_attention(*heads, mask, dropout).transpose(1, 2).flatten(2)
-    return self.output(context, first), None
+    context = torch.nn.functional.scaled_dot_product_attention(*heads, mask, own.dropout.p * own.training)
+    return self.output(context.transpose(1, 2).flatten(2), first), None
 
 
 def first_token_only(model):
@@ -103,7 +101,7 @@ def first_token_only(model):
     if config.model_type in ("bert", "roberta", "xlm-roberta") and config._attn_implementation == "sdpa" and (
             getattr(config, "position_embedding_type", "absolute") == "absolute" and not config.is_decoder):
         attention = model.base_model.encoder.layer[-1].attention
-        attention.forward = MethodType(first_token_attention, attention)
+        attention.forward = partial(first_token_attention, attention)
 
 
 class BertRerankerModel(torch.nn.Module):
@@ -181,9 +179,8 @@ class BertRerankerModel(torch.nn.Module):
             sides = [tokenizer.encode_batch_fast([form.replace("{}", text) for text in texts], add_special_tokens=False)
                      for form, texts in zip(formats, zip(*chunk, strict=True), strict=True)]
             for query, document in zip(*sides, strict=True):
-                cut = 0
-                if len(query) + len(document) > room:
-                    cut = 1 + (len(query) >= room)
+                cut = (len(query) + len(document) > room) * (1 + (len(query) >= room))
+                if cut:
                     query.truncate(room - 1)
                     for spare in (room, 1, 0):  # in steps: a cut keeps the rest too, in pieces as short as what stays
                         document.truncate(room - len(query) + spare)
@@ -207,10 +204,9 @@ class BertRerankerModel(torch.nn.Module):
 
     def forward(self, batch, labels=None):
         """Return {"logits": [B, 1], "loss": mean BCE with logits against `labels` [B] in [0, 1], or None}."""
+        device, is_cuda = self.model.device, self.model.device.type == "cuda"
         def move(tensor):  # to a GPU from pinned memory, without waiting: it computes while the next batch is made
-            pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
-            return pinned.to(device, non_blocking=device.type == "cuda")
-        device = self.model.device
+            return (tensor.pin_memory() if is_cuda and not tensor.is_cuda else tensor).to(device, non_blocking=is_cuda)
         logits = self.model(**{name: move(tensor) for name, tensor in batch.items()}).logits.float()
         loss = None if labels is None else torch.nn.BCEWithLogitsLoss()(logits.squeeze(-1), move(labels).to(logits))
         return {"logits": logits, "loss": loss}
@@ -226,8 +222,7 @@ class BertRerankerModel(torch.nn.Module):
         own = micro_batches[accelerator.process_index :: accelerator.num_processes] if accelerator else micro_batches
         parts = [self(self.collate([encoded[index] for index in indices]))["logits"].squeeze(-1)
                  for indices in tqdm(own, desc="Scoring", disable=not show_progress_bar, leave=None)]
-        if parts:
-            logits[np.concatenate(own)] = torch.cat(parts)
+        logits[np.concatenate([lengths[:0], *own])] = torch.cat([logits[:0], *parts])
         return accelerator.reduce(logits, "sum") if accelerator else logits
 
     def predict(self, inputs, batch_size=32, show_progress_bar=None, activation_fn=None, convert_to_numpy=True,
@@ -316,8 +311,7 @@ def fingerprints(query, content):
 
 
 def load_file(path, file, args):
-    """The rows of a JSONL file as ROW [N] with file number `file`, and its SHA-256. The texts themselves stay on disk:
-    a million rows are 44 MB."""
+    """The rows of a JSONL file as ROW [N] with file number `file`, without their texts, and its SHA-256."""
     digest = hashlib.sha256()
     found = enumerate(read_rows(path, args["min_label"], args["max_label"], digest))
     rows = np.fromiter(((file, number, line, *fingerprints(query, content), label)
@@ -332,8 +326,7 @@ def load_file(path, file, args):
 
 
 def load_data(args):
-    """Train rows and eval rows (none: no evaluation) as ROW [N], the paths of their files, and {path: SHA-256}; says
-    where the eval rows come from."""
+    """Train rows and eval rows (none: no evaluation) as ROW [N], the paths of their files, and {path: SHA-256}."""
     is_one, eval_path = isinstance(args["train_dataset"], str), args["eval_dataset"]
     paths = [args["train_dataset"]] if is_one else args["train_dataset"]
     sibling = Path(os.path.dirname(paths[0]), os.path.basename(paths[0]).replace("train", "eval"))
@@ -347,7 +340,7 @@ def load_data(args):
     if eval_path == "auto":
         queries, first = np.unique(rows["query"], return_index=True)
         count = min(math.ceil(len(queries) * args["eval_proportion"]), len(queries) - 1)
-        is_eval = np.isin(rows["query"], random.Random(args["seed"]).sample(queries[first.argsort()].tolist(), count))
+        is_eval = np.isin(rows["query"], random.Random(args["seed"]).sample(list(queries[first.argsort()]), count))
     source = "held out of the train data" if eval_path == "auto" else f"of {eval_path}"
     say(f"Evaluating on {len(np.unique(rows['query'][is_eval]))} queries ({is_eval.sum()} rows) {source}."
         if is_eval.any() else "No evaluation: nothing will be claimed about the ranking.")
@@ -364,8 +357,7 @@ def check_rows(train_rows, eval_rows, middle):
         (len(np.unique(rows["pair"][1:][same_pair & ~same_label])), "train pairs have contradicting labels"),
         (len(np.intersect1d(rows["query"], eval_rows["query"])), "queries are in both train and eval data"),
         (total * (len(np.unique(rows["label"])) == 1), "train rows, all there are, have one and the same label"),
-        (total * (0 < relevant * 20 < total), f"train rows have only {relevant} relevant ones among them"),
-    ]:
+        (total * (0 < relevant * 20 < total), f"train rows have only {relevant} relevant ones among them")]:
         if count:
             say(f"Warning: {count} {what}.")
 
@@ -379,14 +371,13 @@ class RerankDataset:
         self.rows, self.paths, self.args = rows, paths, args
         scale = args["max_label"] - args["min_label"]
         self.labels = torch.from_numpy((rows["label"] - args["min_label"]) / scale).float()
-        facts = (model.plain_tokenizer.to_str(), model.model.config.to_json_string(), version("tokenizers"),
-                 args["max_len"])
-        key = hashlib.sha256(rows.tobytes() + repr(facts).encode()).hexdigest()
-        self.cache = Path(args["output_dir"], "cache", f"{key}.tokens")
+        facts = repr((model.plain_tokenizer.to_str(), model.model.config.to_json_string(), version("tokenizers"),
+                      args["max_len"], "format 1")).encode()  # of this file and of what encode() makes
+        self.cache = Path(args["output_dir"], "cache", f"{hashlib.sha256(rows.tobytes() + facts).hexdigest()}.tokens")
         if not self.cache.exists():
             self.tokenize(model, name)
         self.tokens = np.asarray(np.memmap(self.cache, np.int32, "r"))
-        self.lengths, self.boundaries, cut = self.tokens[-3 * len(rows) - 1 : -1].reshape(3, len(rows))
+        self.lengths, self.boundaries, cut = self.tokens[-3 * len(rows) - 3 :].reshape(3, -1)[:, :-1]
         self.ends = np.cumsum(self.lengths, dtype=np.int64)
         if cut.any():
             say(f"Warning: max_len truncates {(cut > 0).sum()} {name} pairs ({(cut > 0).mean():.2%}), "
@@ -395,7 +386,7 @@ class RerankDataset:
     def tokenize(self, model, name):
         """Write `cache`, under another name until it is complete and on disk."""
         unfinished = self.cache.with_suffix(f".{platform.node()}.{os.getpid()}")
-        columns = np.zeros((3, len(self)), dtype=np.int32)
+        columns = np.zeros((3, len(self) + 1), dtype=np.int32)  # one more: an empty file could not be mapped
         encoded = tqdm(model.encode(self.pairs(), self.args["max_len"]), f"Tokenizing {name} data", len(self),
                        disable=not (IS_MAIN_PROCESS and len(self)))
         self.cache.parent.mkdir(parents=True, exist_ok=True)
@@ -405,7 +396,6 @@ class RerankDataset:
                     columns[:, number] = len(ids), boundary, cut
                     file.write(ids)
                 file.write(columns)
-                file.write(np.int32(len(self)))  # an empty file could not be mapped
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, self.cache)
@@ -413,8 +403,7 @@ class RerankDataset:
             unfinished.unlink(missing_ok=True)
 
     def pairs(self, chosen=slice(None)):
-        """Yield the texts (query, content) of the rows `chosen` (their numbers, ascending), read anew, so that they
-        need no memory; UserError where a file has changed since it was loaded."""
+        """Yield the texts (query, content) of the rows `chosen` (ascending), read anew; UserError if they changed."""
         rows = self.rows[chosen]
         for file in np.unique(rows["file"]):
             part, path = rows[rows["file"] == file], self.paths[file]
@@ -422,7 +411,7 @@ class RerankDataset:
             found = compress(read_rows(path, self.args["min_label"], self.args["max_label"]), is_chosen)
             for pair, row in zip_longest(part["pair"].tolist(), found):
                 if not row or fingerprints(*row[:2])[1] != pair:
-                    raise UserError(f"{path} has changed since this run loaded it")
+                    raise UserError(f"{path} has changed since this run loaded it, or can be read only once")
                 yield row[:2]
 
     def __len__(self):
@@ -430,7 +419,7 @@ class RerankDataset:
 
     def __getitem__(self, index):
         end = self.ends[index]
-        return self.tokens[end - self.lengths[index] : end], self.boundaries[index], 0
+        return self.tokens[end - self.lengths[index] : end], self.boundaries[index], None  # what was cut was said
 
 
 # ---- Windows ---------------------------------------------------------------------------------------------------------
@@ -472,10 +461,8 @@ def plan_window(lengths, max_tokens, batch_cost, num_processes=1):
 
 
 def epoch_windows(count, samples_per_step, generator):
-    """An epoch's windows, arrays of row numbers: the samples of one optimizer step, consecutive in a new random
-    permutation of `count` rows. The last one may be smaller."""
-    permutation = torch.randperm(count, generator=generator).numpy()
-    return np.split(permutation, range(samples_per_step, count, samples_per_step))
+    """An epoch's windows, each the row numbers of an optimizer step: a new random permutation of `count`, in pieces."""
+    return [each.numpy() for each in torch.randperm(count, generator=generator).split(samples_per_step)]
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
@@ -596,8 +583,7 @@ def evaluate(accelerator, model, dataset, args, max_tokens, step=0, epoch=0, bas
 
 def host_copy(model):
     """A copy of the weights that are trained, in host memory."""
-    return {name: weight.detach().to("cpu", copy=True) for name, weight in model.named_parameters()
-            if weight.requires_grad}
+    return {name: each.detach().to("cpu", copy=True) for name, each in model.named_parameters() if each.requires_grad}
 
 
 def set_weights(model, fine_tuned, base, base_interpolation):
@@ -672,9 +658,8 @@ def learning_rate(step, total_steps, peak, warmup_proportion):
 
 
 def fit_bias(accelerator, model, dataset, max_tokens):
-    """Where the logits of up to 256 training rows stand more than 2 off the labels as a whole, as after a listwise
-    loss, shift the head's bias: no ranking changes, but the first steps would spend their gradient on that offset.
-    Returns {name: bias before}, empty where nothing was shifted."""
+    """Where the logits of 256 training rows stand over 2 off the labels as a whole, as after a listwise loss, shift the
+    head's bias, which changes no ranking, lest the first steps' gradient go into it. Returns {name: bias before}."""
     stride = math.ceil(len(dataset) / 256)
     sample = [dataset[index] for index in range(0, len(dataset), stride)]
     logits = model.score(sample, max_tokens, accelerator=accelerator).cpu().double()
@@ -692,28 +677,25 @@ def fit_bias(accelerator, model, dataset, max_tokens):
 
 
 def backpropagate(accelerator, model, dataset, window_size, micro_batches, results):
-    """Backpropagate the mean BCE over exactly the samples of a window, over all processes; append (its share of the
-    loss, probabilities [B]) of each micro-batch to `results`. A generator, which yields once: before the backward that
-    waits for all processes."""
-    collate, none = accelerator.unwrap_model(model).collate, not micro_batches
+    """Backpropagate the mean BCE over a window, of all processes; append (its share of the loss, probabilities [B]) of
+    each micro-batch to `results`. A generator: it yields once, before the backward that waits for all processes."""
+    collate, is_idle = accelerator.unwrap_model(model).collate, not micro_batches
     # DDP needs a backward of every process: one without a sample of the window takes a row that weighs nothing.
     for number, indices in enumerate(micro_batches or [np.array([0])], start=1):
-        with accelerator.no_sync(model):
+        with accelerator.no_sync(model), ExitStack() as stack:
             output = model(collate([dataset[index] for index in indices]), dataset.labels[indices])
-            loss = output["loss"] * (0.0 if none else len(indices) / window_size)
-            synchronise = nullcontext()
+            loss = output["loss"] * (0.0 if is_idle else len(indices) / window_size)
             if number >= len(micro_batches):  # once a window
                 yield
-                synchronise = accelerator.trigger_sync_in_backward(model)
-            with synchronise:
-                accelerator.backward(loss * accelerator.num_processes)  # DDP takes the mean over the processes
-        results.append((loss.detach(), output["logits"].detach().sigmoid().flatten()[none:]))
+                stack.enter_context(accelerator.trigger_sync_in_backward(model))
+            accelerator.backward(loss * accelerator.num_processes)  # DDP takes the mean over the processes
+        results.append((loss.detach(), output["logits"].detach().sigmoid().flatten()[is_idle:]))
 
 
 def train_window(accelerator, model, dataset, window, max_tokens, seed):
     """Backpropagate a `window` (row numbers) in micro-batches of at most `max_tokens` padded tokens, dropping out as
-    `seed` says. Where any process runs out of memory, all halve the bound and do the window again. Returns the loss,
-    this process's rows, their probabilities, and the bound in force."""
+    `seed` says. Where any process runs out of memory, all halve the bound and do the window again, but not where they
+    wait for each other already. Returns the loss, this process's rows, their probabilities, and the bound in force."""
     device, processes, lengths = accelerator.device, accelerator.num_processes, dataset.lengths[window]
     while True:
         torch.manual_seed(seed)
@@ -722,53 +704,47 @@ def train_window(accelerator, model, dataset, window, max_tokens, seed):
         attempt = backpropagate(accelerator, model, dataset, len(window), micro_batches, results)
         for is_synchronised in (False, True):
             try:
-                next(attempt, None)
+                failed or next(attempt, None)
             except RuntimeError as error:
                 if not any(words in str(error) for words in OUT_OF_MEMORY) or is_synchronised and processes > 1:
                     raise  # in the second case the others wait in vain, and the launcher ends them
                 failed = True
             if processes > 1 and not is_synchronised:  # all go on, or none
                 failed = accelerator.reduce(torch.tensor(float(failed), device=device), "sum").item() > 0
-            if failed:
-                break
-        else:
+        if not failed:
             losses, probabilities = zip(*results, strict=True)
             rows = np.concatenate([window[:0], *micro_batches])
             return accelerator.reduce(sum(losses), "sum"), rows, torch.cat(probabilities), max_tokens
         if max_tokens <= lengths.max():
             raise UserError(f"out of memory at {max_tokens} tokens, and one pair has {lengths.max()}: lower max_len, "
                             "or try --gradient_checkpointing true, --freeze_embeddings true, --mixed_precision bf16")
-        max_tokens //= 2
-        say(f"Out of memory: from here on micro-batches have at most {max_tokens} tokens, and this step is done again. "
-            f"--micro_batch_tokens {max_tokens} does so from the start.")
-        attempt = results = None
+        max_tokens, attempt, results = max_tokens // 2, None, None
         model.zero_grad()
-        clear_device_cache(garbage_collection=True)
+        release_memory()
 
 
 def largest_micro_batch(accelerator, wrapped, dataset, samples):
-    """What micro_batch_tokens "auto" stands for. On a GPU the largest power of two at which a window of nothing but the
-    longest row goes forward and backward, with room for the optimizer's state and a tenth of the memory to spare;
-    elsewhere that of MICRO_BATCH_TOKENS."""
+    """What micro_batch_tokens "auto" stands for: MICRO_BATCH_TOKENS, or on a GPU the largest power of two at which a
+    window of the longest row alone is trained beside the optimizer's state and a spare tenth of the memory."""
     if accelerator.device.type in MICRO_BATCH_TOKENS:
         return MICRO_BATCH_TOKENS[accelerator.device.type]
     trained = sum(weight.numel() for weight in wrapped.parameters() if weight.requires_grad)
     spare = torch.empty(8 * trained + torch.cuda.mem_get_info()[1] // 10, dtype=torch.uint8, device=accelerator.device)
     window = np.full(samples, dataset.lengths.argmax())
-    max_tokens = 1 << int(samples * dataset.lengths.max() - 1).bit_length()
+    max_tokens = 1 << int(math.ceil(samples / accelerator.num_processes) * dataset.lengths.max() - 1).bit_length()
     wrapped.train()
     *_, max_tokens = train_window(accelerator, wrapped, dataset, window, max_tokens, seed=0)  # halves it until it fits
     del spare
     wrapped.zero_grad()
-    clear_device_cache(garbage_collection=True)
+    release_memory()
+    torch.cuda.reset_peak_memory_stats()  # run.json tells that of training
     return max_tokens
 
 
 def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, base, args, max_tokens):
     """Train; evaluate at each epoch's end or every `eval_steps`, then mixtures of the best weights with the base's.
-    Returns (step, epoch, loss, learning rate) of each step, the candidates, `base` first, and (best weights, base
-    weights) in host memory, None where the last weights are kept, the sums [N, 2] over the epochs of each row's
-    probability and of 1, and the bound of micro-batches in force at the end."""
+    Returns (step, epoch, loss, learning rate) of each step; the candidates, `base` first; (best, base weights) in host
+    memory, None where the last are kept; sums [N, 2] of each row's probability and of 1; the bound in force at last."""
     model, processes = accelerator.unwrap_model(wrapped), accelerator.num_processes
     samples_per_step = args["batch_size"] * args["gradient_accumulation_steps"] * processes
     steps_per_epoch = math.ceil(len(train_data) / samples_per_step)
@@ -784,8 +760,12 @@ def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, base, args
             started = time.perf_counter()
             model.train()
             seed = np.random.SeedSequence([args["seed"], accelerator.process_index, step]).generate_state(1).item()
+            bound = max_tokens
             loss, rows, probabilities, max_tokens = train_window(
                 accelerator, wrapped, train_data, window, max_tokens, seed)  # each process drops out on its own
+            if max_tokens < bound:
+                say(f"Out of memory: step {step} was done again; micro-batches now have at most {max_tokens} tokens. "
+                    f"--micro_batch_tokens {max_tokens} does so from the start.")
             lr = learning_rate(step, total_steps, args["lr"], args["warmup_proportion"])
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -839,9 +819,8 @@ def draw_loss_curve(history, report, path):
     right.plot(steps, rates, color="tab:orange", label="learning rate")
     right.set(ylabel="learning rate", ylim=(0, None))
     for panel in below:
-        points, metric, chosen = report["history"], report["metric"], report["chosen"]
-        kept_step = 0 if chosen == "base" else chosen["step"]
-        panel.plot([p["step"] for p in points], [p[metric] for p in points], "go-", label="evaluation")
+        metric, kept_step = report["metric"], 0 if report["chosen"] == "base" else report["chosen"]["step"]
+        panel.plot(*np.transpose([(p["step"], p[metric]) for p in report["history"]]), "go-", label="evaluation")
         panel.plot(kept_step, report["after"][metric], "r*", markersize=16, label="final_model")
         panel.set(ylabel=metric)
     (below or [axes])[0].set_xlabel("optimizer step (0: base model)")
@@ -856,11 +835,12 @@ def write_rows(path, dataset, chosen, **columns):
     except UserError as error:  # no reason to lose what was trained
         return say(f"Warning: {path.name} is not written: {error}")
     with open(path, "w", encoding="utf-8") as file:
-        for number, *values in zip(chosen.tolist(), *(column.tolist() for column in columns.values()), strict=True):
-            query, content = texts[number]
-            row = {"query": query, "content": content, "label": dataset.rows["label"][number],
-                   "file": dataset.paths[dataset.rows["file"][number]], "line": int(dataset.rows["line"][number])}
-            file.write(json.dumps({**row, **dict(zip(columns, values, strict=True))}, ensure_ascii=False) + "\n")
+        for place, number in enumerate(chosen.tolist()):
+            origin, _, line, *_, label = dataset.rows[number].item()
+            row = dict(zip(("query", "content"), texts[number], strict=True), file=dataset.paths[origin], line=line,
+                       label=int(label) if label.is_integer() else label,
+                       **{key: column[place].item() for key, column in columns.items()})
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def write_evaluation(folder, dataset, report, scores):
@@ -926,8 +906,7 @@ def say_verdict(report, args):
 
 def prepare(args, run_dir):
     """What comes before the first evaluation: the accelerator, the model wrapped for it, the optimizer, the train data,
-    the eval data (None: nothing can be measured), and what run.json says of data, base model, versions and hardware,
-    `micro_batch_tokens` among it, the bound of a micro-batch."""
+    the eval data (None: nothing can be measured), and facts for run.json: data, base, hardware, micro_batch_tokens …"""
     name, max_len = args["model_name_or_path"], args["max_len"]
     train_rows, eval_rows, paths, data_sha256 = load_data(args)
     check_rows(train_rows, eval_rows, (args["min_label"] + args["max_label"]) / 2)
@@ -960,8 +939,9 @@ def prepare(args, run_dir):
     elif len(eval_rows) and args["epochs"] and len(eval_data.lists[eval_data.metric]) < 20:
         say(f"Warning: {len(eval_data.lists[eval_data.metric])} eval queries are too few: a verdict takes 20.")
     if IS_MAIN_PROCESS and args["epochs"]:
-        for stale in {*train_data.cache.parent.iterdir()} - {train_data.cache, eval_data.cache}:
-            stale.unlink()
+        for stale in {*train_data.cache.parent.glob("?" * 64 + ".*")} - {train_data.cache, eval_data.cache}:
+            with suppress(PermissionError):  # Windows keeps what is still mapped
+                stale.unlink()
         shutil.rmtree(run_dir, ignore_errors=True)
         (run_dir / "logs").mkdir(parents=True)
     accelerator = Accelerator(cpu=cpu, mixed_precision=supported_precision(args["mixed_precision"], state.device),
@@ -973,8 +953,7 @@ def prepare(args, run_dir):
     if args["gradient_checkpointing"]:
         name_of_4 = model.model.gradient_checkpointing_enable  # transformers 5.2x deprecates it
         getattr(model.model, "activation_checkpointing_enable", name_of_4)({"use_reentrant": False})
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    groups = [{"params": [weight for weight in trained if (weight.ndim > 1) == decay],
+    groups = [{"params": [each for each in model.parameters() if each.requires_grad and (each.ndim > 1) == decay],
                "weight_decay": decay * args["weight_decay"]} for decay in (True, False)]  # biases, LayerNorm: False
     optimizer = torch.optim.AdamW(groups, args["lr"], (0.9, 0.999), 1e-8, fused=True)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -993,8 +972,7 @@ def prepare(args, run_dir):
         "versions": {each: version(each) for each in ("torch", "transformers", "tokenizers", "accelerate", "numpy")},
         "hardware": f"{platform.platform()}, {torch.cuda.get_device_name() if device.type == 'cuda' else device}",
         "git_revision": shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        "micro_batch_tokens": max_tokens,
-    }
+        "micro_batch_tokens": max_tokens}
 
 
 def train(args):
@@ -1010,8 +988,7 @@ def train(args):
     seed_everything(args["seed"])
     clock = [time.perf_counter()]
     accelerator, wrapped, optimizer, train_data, eval_data, facts = prepare(args, run_dir)
-    model = accelerator.unwrap_model(wrapped)
-    max_tokens = facts["micro_batch_tokens"]
+    model, max_tokens = accelerator.unwrap_model(wrapped), facts["micro_batch_tokens"]
     base = eval_data and evaluate(accelerator, model, eval_data, args, max_tokens)
     if base and base["quality"] == -math.inf:
         raise UserError(f"{args['model_name_or_path']} gives no finite scores: mend it, or try --mixed_precision no")
