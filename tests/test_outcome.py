@@ -151,7 +151,7 @@ def test_load_best_model_at_end_false_keeps_the_last_weights_and_only_reports(da
 
 
 def test_early_stopping_ends_the_run_after_that_many_evaluations_without_a_better_one(data, tmp_path, run_script):
-    done = run_script("--model_name_or_path", TINY, "--train_dataset", data["inverted"], "--eval_dataset", data["eval"],
+    done = run_script("--model_name_or_path", TINY, "--train_dataset", data["train"], "--eval_dataset", data["eval"],
                       "--epochs", 9, "--early_stopping_patience", 2, "--lr", "1e-3", "--mixed_precision", "no",
                       "--output_dir", "out", "--base_interpolation", "[]")  # fmt: skip
     assert done.returncode == 0, done.stdout
