@@ -120,13 +120,14 @@ class BertRerankerModel(torch.nn.Module):
         name, options = model_name_or_path, {"revision": revision, "trust_remote_code": trust_remote_code}
         for local_only in (True, False):
             options["local_files_only"] = local_only
+            adapter = {} if version("transformers").startswith("4.") else {"local_files_only": local_only}
             try:
                 tokenizer = AutoTokenizer.from_pretrained(name, **options)
                 if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers 5 makes one up without files
                     raise OSError("the files of its tokenizer are missing")
-                model, info = AutoModelForSequenceClassification.from_pretrained(  # with peft it looks for adapters
-                    name, num_labels=1, ignore_mismatched_sizes=True, output_loading_info=True,
-                    adapter_kwargs={"local_files_only": local_only}, **options)
+                model, info = AutoModelForSequenceClassification.from_pretrained(  # with peft it looks for an adapter
+                    name, num_labels=1, ignore_mismatched_sizes=True, output_loading_info=True, adapter_kwargs=adapter,
+                    **options)
                 break
             except Exception as error:  # the loaders raise a dozen types for files that are not what they expect
                 if Path(name).is_dir() or not local_only or not isinstance(error, OSError | ValueError):
