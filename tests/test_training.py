@@ -46,7 +46,7 @@ def scalars_of(output_dir):
 
 def plain_loop(model_folder, rows, samples_per_step, epochs, peak, seed):
     """Fine-tune one sample at a time with nothing but PyTorch: (gradients of each step, norms, losses, weights)."""
-    model = AutoModelForSequenceClassification.from_pretrained(model_folder, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder).float()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     named = dict(model.named_parameters())
     is_plain = {name: name.endswith("bias") or "LayerNorm" in name for name in named}
