@@ -206,7 +206,8 @@ class BertRerankerModel(torch.nn.Module):
     def forward(self, batch, labels=None):
         """Return {"logits": [B, 1], "loss": mean BCE with logits against `labels` [B] in [0, 1], or None}."""
         device, is_cuda = self.model.device, self.model.device.type == "cuda"
-        def move(tensor):  # to a GPU from pinned memory, without waiting: it computes while the next batch is made
+        def move(tensor):
+            """To a GPU from pinned memory, without waiting: it computes while the next batch is made."""
             return (tensor.pin_memory() if is_cuda and not tensor.is_cuda else tensor).to(device, non_blocking=is_cuda)
         logits = self.model(**{name: move(tensor) for name, tensor in batch.items()}).logits.float()
         loss = None if labels is None else torch.nn.BCEWithLogitsLoss()(logits.squeeze(-1), move(labels).to(logits))

@@ -138,6 +138,11 @@ def patched_backward(self, loss, **options):
 models, step = [], script.backpropagate
 script.backpropagate = lambda accelerator, model, *rest: models.append(model) or step(accelerator, model, *rest)
 model_class.forward, accelerator_class.backward = patched_forward, patched_backward
+train_window = script.train_window
+def patched_train_window(*arguments):
+    os.write(1, b"drops out with seed %d\\n" % arguments[-1])
+    return train_window(*arguments)
+script.train_window = patched_train_window
 script.main()
 """
 
@@ -160,6 +165,8 @@ def test_of_two_processes_both_redo_the_window_that_did_not_fit_one(settings, wi
     settings = {**settings, "model_name_or_path": without_dropout, "log_with": None, "micro_batch_tokens": 320}
     done = run_two_processes(tmp_path, {**settings, "output_dir": str(tmp_path / "whole")})
     assert done.returncode == 0 and "processes: 2" in done.stdout, done.stdout
+    seeds = re.findall(r"drops out with seed (\d+)", done.stdout)
+    assert len(set(seeds)) == len(seeds) == 2 * 4, "each process and each step drops out on its own"
     done = run_two_processes(tmp_path, settings, "forward", failing)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("Out of memory: step ") in (1, len(failing))
