@@ -14,11 +14,13 @@ import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from difflib import get_close_matches
 from functools import partial
@@ -30,8 +32,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, release_memory, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, release_memory, set_seed
 from huggingface_hub import HfApi, errors, try_to_load_from_cache
+from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -39,6 +42,7 @@ ADVICE = 'Each line should be a JSON object in UTF-8: {"query": "…", "content"
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # torchrun and accelerate launch set RANK
 RESULTS = ["final_model", "fine_tuned_model", "logs", "loss_curve.png", "score_distribution.png", "eval_report.json",
            "predictions.jsonl", "rows_to_check.jsonl", "run.json"]  # moved in this order: run.json marks a finished run
+received_signals = []  # (number, time) of those that a training loop is to act on
 MICRO_BATCH_COST = {"cpu": 16, "cuda": 256, "mps": 256}  # what one more micro-batch costs, in padded tokens
 MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 4096}  # micro_batch_tokens "auto" without a memory of the device's own
 OUT_OF_MEMORY = "out of memory", "ALLOC_FAILED", "you tried to allocate"  # CUDA and MPS, cuBLAS, the CPU's allocator
@@ -58,6 +62,34 @@ def say(message):
     if IS_MAIN_PROCESS:
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()
+
+
+def remove(path):
+    """Remove a file, a link, or a folder with all that is in it."""
+    (shutil.rmtree if path.is_dir() and not path.is_symlink() else os.remove)(path)
+
+
+def flush_to_disk(*paths):
+    """Let files, and the names in folders, survive a power cut."""
+    for path in paths:
+        with suppress(PermissionError):  # Windows opens no folder
+            descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+@contextmanager
+def whole_file(path):
+    """A file to write to under another name, renamed once all of it is on disk: `path` is whole or not there."""
+    unfinished = path.with_suffix(f".{platform.node()}.{os.getpid()}")
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+        flush_to_disk(unfinished)
+        os.replace(unfinished, path)
+        flush_to_disk(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 # ---- Reproducibility -------------------------------------------------------------------------------------------------
@@ -216,16 +248,22 @@ class BertRerankerModel(torch.nn.Module):
     @torch.inference_mode()
     def score(self, encoded, max_tokens, show_progress_bar=None, accelerator=None):
         """Logits [N] in fp32 of N encoded pairs, in micro-batches of at most `max_tokens` padded tokens. The processes
-        of an `accelerator` share them out, whole, so that their number changes no score; all get all logits."""
+        of an `accelerator` share them out, whole, so that their number changes no score; all get all logits, or None
+        where any of them has a signal to act on."""
         self.eval()
         lengths = np.array([len(ids) for ids, *_ in encoded], dtype=np.int64)
         [micro_batches] = plan_window(lengths, max_tokens, MICRO_BATCH_COST[self.model.device.type])
-        logits = torch.zeros(len(encoded), device=self.model.device)
+        logits = torch.zeros(len(encoded) + 1, device=self.model.device)  # the last: how many processes have a signal
         own = micro_batches[accelerator.process_index :: accelerator.num_processes] if accelerator else micro_batches
-        parts = [self(self.collate([encoded[index] for index in indices]))["logits"].squeeze(-1)
-                 for indices in tqdm(own, desc="Scoring", disable=not show_progress_bar, leave=None)]
-        logits[np.concatenate([lengths[:0], *own])] = torch.cat([logits[:0], *parts])
-        return accelerator.reduce(logits, "sum") if accelerator else logits
+        parts = [logits[:0]]
+        for indices in tqdm(own, desc="Scoring", disable=not show_progress_bar, leave=None):
+            if received_signals:
+                break
+            parts.append(self(self.collate([encoded[index] for index in indices]))["logits"].squeeze(-1))
+        logits[np.concatenate([lengths[:0], *own[: len(parts) - 1]])] = torch.cat(parts)
+        logits[-1] = bool(received_signals)
+        logits = accelerator.reduce(logits, "sum") if accelerator else logits
+        return None if logits[-1] else logits[:-1]
 
     def predict(self, inputs, batch_size=32, show_progress_bar=None, activation_fn=None, convert_to_numpy=True,
                 convert_to_tensor=False):
@@ -386,23 +424,16 @@ class RerankDataset:
                 f"in {(cut > 1).sum()} the query too.")
 
     def tokenize(self, model, name):
-        """Write `cache`, under another name until it is complete and on disk."""
-        unfinished = self.cache.with_suffix(f".{platform.node()}.{os.getpid()}")
+        """Write `cache`."""
         columns = np.zeros((3, len(self) + 1), dtype=np.int32)  # one more: an empty file could not be mapped
         encoded = tqdm(model.encode(self.pairs(), self.args["max_len"]), f"Tokenizing {name} data", len(self),
                        disable=not (IS_MAIN_PROCESS and len(self)))
         self.cache.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(unfinished, "wb") as file:
-                for number, (ids, boundary, cut) in enumerate(encoded):
-                    columns[:, number] = len(ids), boundary, cut
-                    file.write(ids)
-                file.write(columns)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, self.cache)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with whole_file(self.cache) as file:
+            for number, (ids, boundary, cut) in enumerate(encoded):
+                columns[:, number] = len(ids), boundary, cut
+                file.write(ids)
+            file.write(columns)
 
     def pairs(self, chosen=slice(None)):
         """Yield the texts (query, content) of the rows `chosen` (ascending), read anew; UserError if they changed."""
@@ -558,29 +589,39 @@ def measure(lists, labels, scores):
     return {key: means.get(key) for key in METRICS}, {key: means[key] for key in health}
 
 
+def has_finite_weights(model):
+    """Whether no weight of `model` is NaN or infinite."""
+    return all(weight.isfinite().all() for weight in model.parameters())
+
+
 def evaluate(accelerator, model, dataset, args, max_tokens, step=0, epoch=0, base_interpolation=0.0):
     """Score `dataset`, say and log what came out, warn where it looks ill. Returns a candidate: {"step", "epoch",
-    "base_interpolation", "scores": logits [N], "metrics", "values" [V] and "quality", their mean, of dataset.metric};
-    where weights or scores are not finite, metrics are None and the quality is -inf."""
+    "base_interpolation", "scores": logits [N], "metrics", "values" [V] and "quality", their mean rounded lest noise
+    decides, of dataset.metric, "logged": scalars}; where weights or scores are not finite, metrics are None and the
+    quality is -inf. Returns None where a signal cut it short."""
     logits = model.score(dataset, max_tokens, IS_MAIN_PROCESS, accelerator)
+    if logits is None:
+        return None
     scores, labels = logits.cpu().double().numpy(), dataset.labels.numpy()
     name = f"Step {step}, epoch {epoch}" if step else args["model_name_or_path"]
     name += f", mixed with {base_interpolation:.0%} of the base" if base_interpolation else ""
     found, ill = {"metrics": dict.fromkeys(METRICS), "quality": -math.inf}, "weights or scores are not finite"
-    if np.isfinite(scores).all() and all(weight.isfinite().all() for weight in model.parameters()):
+    logged = {}
+    if np.isfinite(scores).all() and has_finite_weights(model):
         metrics, health = measure(dataset.lists, labels, scores)
         values = metric_values(dataset.metric, dataset.lists[dataset.metric], labels, scores)
-        found = {"metrics": metrics, "values": values, "quality": round(values.mean(), 9)}  # rounding decides nothing
+        found = {"metrics": metrics, "values": torch.from_numpy(values), "quality": round(float(values.mean()), 9)}
         numbers = {key: value for key, value in {**metrics, **health}.items() if value is not None}
+        logged = {} if base_interpolation else {f"eval/{key}": value for key, value in numbers.items()}
         say(f"{name}: " + ", ".join(f"{key} {numbers[key]:.4f}" for key in (dataset.metric, *health) if key in numbers))
-        if not base_interpolation:
-            accelerator.log({f"eval/{key}": value for key, value in numbers.items()}, step=step)
         ill = ("the scores of a query's rows are nearly alike" if health["spread"] < 0.01 else
                "irrelevant rows score higher" * (numbers.get("irrelevant", 0) > numbers.get("relevant", 1)))
     if ill and (step or "values" in found and not model.new_weights):
         causes = f"lr {args['lr']} too high, " * (step > 0) + "labels swapped or constant, wrong min_label or max_label"
         say(f"!!! WARNING !!! {name}: {ill}. Likely causes: {causes}")
-    return {"step": step, "epoch": epoch, "base_interpolation": base_interpolation, "scores": scores, **found}
+    accelerator.log(logged, step=step)
+    return {"step": step, "epoch": epoch, "base_interpolation": base_interpolation, "scores": torch.from_numpy(scores),
+            "logged": logged, **found}
 
 
 def host_copy(model):
@@ -598,7 +639,7 @@ def set_weights(model, fine_tuned, base, base_interpolation):
 def cross_fit(base, candidates, seed):
     """Differences [V] of the metric's values between best candidate and base: chosen on one half of the queries,
     measured on the other, and the reverse, since the queries that chose it flatter it."""
-    differences = np.array([candidate["values"] - base["values"] for candidate in candidates])  # [candidates, V]
+    differences = np.array([np.asarray(each["values"]) - np.asarray(base["values"]) for each in candidates])
     order = np.random.default_rng(seed).permutation(len(base["values"]))
     halves = order[0::2], order[1::2]
     best = [differences[:, half].mean(axis=1).round(9).argmax() for half in halves]  # of equals the first
@@ -644,11 +685,172 @@ def judge(candidates, dataset, args):
         "delta": {"mean": float(differences.mean()) if queries >= 4 else None, "ci95": ci95,
                   "queries_up": up, "queries_down": down},
         "verdict": "too few" if not ci95 else "better" if ci95[0] > 0 else "worse" if ci95[1] < 0 else "unclear",
-        "threshold": after["metrics"]["best_f1"] and torch.tensor(best_f1(labels, after["scores"])[1]).sigmoid().item(),
+        "threshold": after["metrics"]["best_f1"] and torch.tensor(
+            best_f1(labels, np.asarray(after["scores"]))[1]).sigmoid().item(),
         "history": [{"step": each["step"], "epoch": each["epoch"], **each["metrics"]} for each in candidates
                     if not each["base_interpolation"]],
         "chosen": "base" if after is base else {key: after[key] for key in ("step", "base_interpolation")},
     }, best, after
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+# Settings in which a run may differ from its checkpoint: names of what is compared itself, …
+NAMES = ("model_name_or_path", "revision", "trust_remote_code", "train_dataset", "eval_dataset", "batch_size",
+         "gradient_accumulation_steps")
+NEUTRAL = ("micro_batch_tokens", "gradient_checkpointing", "log_with", "output_dir", "save_steps", "save_total_limit",
+           "resume_from_checkpoint", "overwrite_output_dir")  # … and what changes no result, or by rounding only
+CHOICES = ("  to go on:      the same command with --resume_from_checkpoint latest\n"
+           "  to start over: the same command with --overwrite_output_dir true (and without --resume_from_checkpoint)")
+
+
+@contextmanager
+def noted_signals():
+    """Within it a first SIGTERM, SIGINT or SIGUSR1 is noted in `received_signals`; one over a second later (a launcher
+    passes on what it receives, so that the first may come twice) ends the process at once, as it does elsewhere. Not in
+    a thread of a user's own: Python gives signals to the main thread alone."""
+    def note(number, _):
+        received_signals.append((number, time.monotonic()))
+        if received_signals[-1][1] - received_signals[0][1] > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+    before = {number: signal.signal(number, note) for number in numbers if is_main_thread}
+    try:
+        yield
+    finally:
+        late, received_signals[:] = [number for number, _ in received_signals[:1]], []
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in late:  # too late to be acted on
+        signal.raise_signal(number)
+
+
+def checkpoints_in(run_dir):
+    """The checkpoints of an unfinished run, oldest first; a folder without its state.pt is none."""
+    return sorted(each.parent for each in run_dir.glob("checkpoint-*/state.pt"))
+
+
+def differences(old, new):
+    """["key: old → new", …] of what two dicts both have, compared as JSON."""
+    old, new = json.loads(json.dumps([old, new]))
+    return [f"{key}: {value} → {new[key]}" for key, value in old.items() if new.get(key, value) != value]
+
+
+def require_space(folder, needed, what):
+    """UserError unless the disk of `folder` has `needed` bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f"{what} needs {needed / 1e6:,.1f} MB, and {folder} has {free / 1e6:,.1f} MB left: make room.\n"
+                        f"{CHOICES}")
+
+
+def save_checkpoint(accelerator, model, optimizer, run_dir, limit, state):
+    """Write `state`, of all processes, with trained weights, optimizer and scaler as checkpoint-STEP/state.pt, and the
+    best weights so far beside it, unless they are there; then let go of all but the `limit` newest. Random states are
+    none of it, since data order and dropout follow from seed, process and step."""
+    row_sums = accelerator.gather(state["row_sums"][None].to(accelerator.device)).cpu()  # [processes, N, 2]
+    if not IS_MAIN_PROCESS or not has_finite_weights(model):  # no weights to go on from
+        return
+    saved = {**state, "row_sums": row_sums, "best_weights": None, "optimizer": optimizer.state_dict(),
+             "model": {name: each.detach() for name, each in model.named_parameters() if each.requires_grad},
+             "scaler": accelerator.scaler and accelerator.scaler.state_dict()}
+    folder, best = run_dir / f"checkpoint-{state['step']:08}", run_dir / f"best_weights-{state['best_step']:08}.pt"
+    new = [each for each in ((best, state["best_weights"]), (folder / "state.pt", saved))
+           if each[1] and not each[0].exists()]
+    size = sum(leaf.nbytes for leaf in tree_leaves(new) if torch.is_tensor(leaf))
+    require_space(run_dir, size, folder.name)
+    folder.mkdir(exist_ok=True)
+    try:
+        for path, content in new:
+            with whole_file(path) as file:
+                torch.save(content, file)
+    except (OSError, RuntimeError) as error:  # the second is torch's where the disk is full
+        raise UserError(f"{folder} needs {size / 1e6:,.1f} MB and cannot be written: {error}\n{CHOICES}") from error
+    for old in [*checkpoints_in(run_dir)[:-limit], *sorted(run_dir.glob("best_weights-*"))[:-limit]]:
+        remove(old)  # of best weights, too, none that a checkpoint left speaks of: each brings one more at most
+
+
+def load_checkpoint(folder, args, facts):
+    """The state that save_checkpoint() wrote; UserError where it is of another run. Says what differs otherwise."""
+    try:
+        saved = torch.load(folder / "state.pt", "cpu", weights_only=True, mmap=True)
+        if saved["best_step"] and args["load_best_model_at_end"]:
+            best = folder.parent / f"best_weights-{saved['best_step']:08}.pt"
+            saved["best_weights"] = torch.load(best, "cpu", weights_only=True, mmap=True)
+        old = {**saved["args"], **saved["facts"], **saved["facts"]["identity"]}
+    except Exception as error:  # torch.load raises a dozen types for files that are not what it expects
+        raise UserError(f"{folder} and the best weights beside it cannot be read: {type(error).__name__}: {error}\n"
+                        "(Of several machines each has to see output_dir.)") from error
+    strict = {key: value for key, value in args.items() if key not in NAMES + NEUTRAL}
+    if other := differences(old, {**strict, **facts["identity"]}):
+        raise UserError("\n  ".join([f"{folder} is of another run; from it to this one:", *other]) +
+                        f"\nSet that back, or take another output_dir.\n{CHOICES.splitlines()[1]}", exit_status=2)
+    environment = {key: facts[key] for key in ("processes", "precision", "versions", "hardware")}
+    other = differences(old, {**args, **environment, "resume_from_checkpoint": old["resume_from_checkpoint"]})
+    say("\n  ".join([f"Going on after step {saved['step']}, from {folder}" + ", with other" * bool(other), *other]))
+    return saved
+
+
+def restore(accelerator, model, optimizer, state):
+    """Put what `state` holds of weights, optimizer and scaler in its place, and log anew what was logged."""
+    model.load_state_dict(state.pop("model"), strict=False)
+    optimizer.load_state_dict(state.pop("optimizer"))
+    scaler, row_sums = state.pop("scaler"), state["row_sums"]
+    if scaler and accelerator.scaler:
+        accelerator.scaler.load_state_dict(scaler)
+    is_same_number = len(row_sums) == accelerator.num_processes
+    own = row_sums[accelerator.process_index] if is_same_number else row_sums.sum(0) * IS_MAIN_PROCESS
+    state["row_sums"] = own.clone()
+    evaluations = {each["step"]: each["logged"] for each in state["candidates"]}
+    accelerator.log(evaluations.get(0, {}), step=0)
+    for step, _, loss, lr, grad_norm in state["history"]:
+        scalars = {"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}
+        accelerator.log({**scalars, **evaluations.get(step, {})}, step=step)
+
+
+def publish(output_dir, run_dir):
+    """Move the results of a complete run, one with a run.json, up into `output_dir`, in the place of an earlier one's.
+    Cut off anywhere, the next call goes on with it: run.json comes last."""
+    if (run_dir / "run.json").exists():
+        for each in run_dir.iterdir():
+            if each.name not in RESULTS:  # checkpoints and best weights have done their service
+                remove(each)
+        written = json.loads((run_dir / "run.json").read_text("utf-8"))["results"]
+        for name in RESULTS:
+            new, old = run_dir / name, output_dir / name
+            if os.path.lexists(old) and (new.exists() or name not in written):
+                say(f"{old}, of an earlier run, is {'replaced' if new.exists() else 'removed'}.")
+                remove(old)
+            if new.exists():
+                new.rename(old)
+    with suppress(OSError):  # not there, or not empty
+        run_dir.rmdir()
+
+
+def find_checkpoint(args, output_dir, run_dir):
+    """The checkpoint to go on from; None to start afresh; the run.json of a run that is asked for again but has ended.
+    UserError where a run could not write, or something would be lost."""
+    existing = next(each for each in (output_dir, *output_dir.parents) if each.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise UserError(f"output_dir {output_dir}: {existing} is no folder that this run may write to", exit_status=2)
+    if not args["epochs"]:
+        return None
+    publish(output_dir, run_dir)
+    ended, checkpoints, wanted = output_dir / "run.json", checkpoints_in(run_dir), args["resume_from_checkpoint"]
+    if not ended.exists() and any((output_dir / name).exists() for name in RESULTS):
+        raise UserError(f"{output_dir} holds a model or logs that no run left there: take another output_dir", 2)
+    if wanted == "latest":
+        settings = {key: value for key, value in args.items() if key not in NEUTRAL}
+        if checkpoints or ended.exists() and not differences(json.loads(ended.read_text("utf-8"))["args"], settings):
+            return (checkpoints or [ended])[-1]
+        say(f"No checkpoint in {run_dir}: starting afresh.")
+    elif wanted and not Path(wanted, "state.pt").is_file():
+        raise UserError(f"{wanted} is no checkpoint; there are: {', '.join(map(str, checkpoints)) or 'none'}", 2)
+    elif checkpoints and not args["overwrite_output_dir"] and Path(wanted or ".").resolve().parent != run_dir.resolve():
+        raise UserError(f"{run_dir} holds {checkpoints[-1].name} of a run that has not ended.\n{CHOICES}\n"
+                        "  to keep it:    another --output_dir", exit_status=2)
+    return Path(wanted) if wanted not in (None, "latest") else None
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -697,7 +899,8 @@ def backpropagate(accelerator, model, dataset, window_size, micro_batches, resul
 def train_window(accelerator, model, dataset, window, max_tokens, seed):
     """Backpropagate a `window` (row numbers) in micro-batches of at most `max_tokens` padded tokens, dropping out as
     `seed` says. Where any process runs out of memory, all halve the bound and do the window again, but not where they
-    wait for each other already. Returns the loss, this process's rows, their probabilities, and the bound in force."""
+    wait for each other already. Returns [the loss, how many processes received a signal], this process's rows, their
+    probabilities, and the bound in force."""
     device, processes, lengths = accelerator.device, accelerator.num_processes, dataset.lengths[window]
     while True:
         torch.manual_seed(seed)
@@ -716,7 +919,8 @@ def train_window(accelerator, model, dataset, window, max_tokens, seed):
         if not failed:
             losses, probabilities = zip(*results, strict=True)
             rows = np.concatenate([window[:0], *micro_batches])
-            return accelerator.reduce(sum(losses), "sum"), rows, torch.cat(probabilities), max_tokens
+            totals = torch.stack([sum(losses), losses[0].new_tensor(bool(received_signals))])
+            return accelerator.reduce(totals, "sum"), rows, torch.cat(probabilities), max_tokens
         if max_tokens <= lengths.max():
             raise UserError(f"out of memory at {max_tokens} tokens, and one pair has {lengths.max()}: lower max_len, "
                             "or try --gradient_checkpointing true, --freeze_embeddings true, --mixed_precision bf16")
@@ -743,71 +947,110 @@ def largest_micro_batch(accelerator, wrapped, dataset, samples):
     return max_tokens
 
 
-def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, base, args, max_tokens):
-    """Train; evaluate at each epoch's end or every `eval_steps`, then mixtures of the best weights with the base's.
-    Returns (step, epoch, loss, learning rate) of each step; the candidates, `base` first; (best, base weights) in host
-    memory, None where the last are kept; sums [N, 2] of each row's probability and of 1; the bound in force at last."""
+def name_rows(accelerator, dataset, window, rows, probabilities):
+    """Places of up to ten rows of a `window` whose probabilities (this process has those of `rows`) are not finite; of
+    any of its rows, where all are."""
+    is_bad = torch.from_numpy(np.isin(window, rows[~np.isfinite(probabilities)])).float().to(accelerator.device)
+    is_bad = accelerator.reduce(is_bad, "sum").cpu().numpy() > 0
+    chosen = dataset.rows[np.sort(window[is_bad] if is_bad.any() else window)[:10]]
+    return ", ".join(f"{dataset.paths[row['file']]} line {row['line']}" for row in chosen)
+
+
+def train_step(accelerator, wrapped, optimizer, dataset, window, epoch, lr, args, state):
+    """The next optimizer step, with what it gives added to `state`; returns whether a signal asks to stop. Where loss
+    or gradient are not finite it is not applied, and a UserError the third time in a row. In fp16 the gradient is the
+    scaler's business, which finds its scale by overflowing."""
+    step, bound = state["step"] + 1, state["max_tokens"]
+    seed = np.random.SeedSequence([args["seed"], accelerator.process_index, step]).generate_state(1).item()
+    wrapped.train()
+    totals, rows, probabilities, state["max_tokens"] = train_window(
+        accelerator, wrapped, dataset, window, bound, seed)  # each process drops out on its own
+    if state["max_tokens"] < bound:
+        say(f"Out of memory: step {step} was done again; micro-batches now have at most {state['max_tokens']} tokens. "
+            f"--micro_batch_tokens {state['max_tokens']} does so from the start.")
+    grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), args["max_grad_norm"] or math.inf)
+    numbers = torch.cat([totals, grad_norm[None], probabilities]).cpu()  # waits for the device, once a step
+    loss, signals, grad_norm = numbers[:3].tolist()
+    is_good = math.isfinite(loss) and (accelerator.scaler or math.isfinite(grad_norm))
+    if is_good:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        state["row_sums"][rows] += torch.nn.functional.pad(numbers[3:, None], (0, 1), value=1)
+    optimizer.zero_grad()
+    state["step"], state["bad_steps"] = step, 0 if is_good else state["bad_steps"] + 1
+    state["overflows"] += is_good and not math.isfinite(grad_norm)
+    state["history"].append((step, epoch, loss, lr, grad_norm))
+    accelerator.log({"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}, step=step)
+    if not is_good:
+        where = name_rows(accelerator, dataset, window, rows, numbers[3:].numpy())
+        say(f"!!! WARNING !!! step {step} is not applied: loss {loss}, gradient norm {grad_norm}, in precision "
+            f"{accelerator.mixed_precision.replace('no', 'fp32')} at lr {lr:.2e}. Its rows: {where}")
+    if state["bad_steps"] == 3:
+        raise UserError(f"three steps in a row were not applied: lower lr {args['lr']}, mend the rows that are named, "
+                        f"or try --mixed_precision no.\n{CHOICES}")
+    return signals > 0
+
+
+def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, run_dir, args, state):
+    """Train on from `state`, which is kept up to date; evaluate at each epoch's end or every `eval_steps`, then
+    mixtures of the best weights with the base's. Returns (best, base weights) in host memory; None: the last count."""
     model, processes = accelerator.unwrap_model(wrapped), accelerator.num_processes
     samples_per_step = args["batch_size"] * args["gradient_accumulation_steps"] * processes
     steps_per_epoch = math.ceil(len(train_data) / samples_per_step)
     total_steps, due = args["epochs"] * steps_per_epoch, args["eval_steps"] or steps_per_epoch
     base_weights = host_copy(model) if eval_data and args["load_best_model_at_end"] else None
-    history, candidates, best, best_weights = [], [base], 0, None  # candidates[best]: best of training, 0 none yet
-    row_sums = torch.zeros(len(train_data), 2)
-    seen, seconds, order = 0, 0.0, torch.Generator().manual_seed(args["seed"])
-    windows = ((epoch, window) for epoch in range(1, args["epochs"] + 1)
-               for window in epoch_windows(len(train_data), samples_per_step, order))
-    with tqdm(desc="Training", total=total_steps, disable=not IS_MAIN_PROCESS) as bar:
-        for step, (epoch, window) in enumerate(windows, start=1):
-            started = time.perf_counter()
-            model.train()
-            seed = np.random.SeedSequence([args["seed"], accelerator.process_index, step]).generate_state(1).item()
-            bound = max_tokens
-            loss, rows, probabilities, max_tokens = train_window(
-                accelerator, wrapped, train_data, window, max_tokens, seed)  # each process drops out on its own
-            if max_tokens < bound:
-                say(f"Out of memory: step {step} was done again; micro-batches now have at most {max_tokens} tokens. "
-                    f"--micro_batch_tokens {max_tokens} does so from the start.")
-            lr = learning_rate(step, total_steps, args["lr"], args["warmup_proportion"])
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), args["max_grad_norm"] or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
-            numbers = torch.cat([loss[None], grad_norm[None], probabilities]).cpu()  # waits for the device, once a step
-            loss, grad_norm = numbers[:2].tolist()
-            row_sums[rows] += torch.nn.functional.pad(numbers[2:, None], (0, 1), value=1)
-            if not math.isfinite(loss):
-                raise UserError(f"the loss of step {step} is {loss}: lower lr {args['lr']}, or mixed_precision no")
-            accelerator.log({"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}, step=step)
-            history.append((step, epoch, loss, lr))
-            seen, seconds = seen + len(window), seconds + time.perf_counter() - started
-            if eval_data and (step % due == 0 or step == total_steps):
-                candidates.append(evaluate(accelerator, model, eval_data, args, max_tokens, step, epoch))
-                best = 1 + int(np.argmax([each["quality"] for each in candidates[1:]]))  # of equals the first
-                if base_weights and best == len(candidates) - 1:
-                    best_weights = None  # the former go before the new ones come
-                    best_weights = host_copy(model)
+    first, seen, seconds, order = state["step"], 0, 0.0, torch.Generator().manual_seed(args["seed"])
+    if first:
+        restore(accelerator, model, optimizer, state)
+    save = partial(save_checkpoint, accelerator, model, optimizer, run_dir, args["save_total_limit"], state)
+    windows = (each for _ in range(args["epochs"]) for each in epoch_windows(len(train_data), samples_per_step, order))
+    windows, candidates = islice(windows, first, None), state["candidates"]
+    with noted_signals(), tqdm(desc="Training", total=total_steps, initial=first, disable=not IS_MAIN_PROCESS) as bar:
+        for step in range(max(1, first), total_steps + 1):
+            epoch, is_stopped = math.ceil(step / steps_per_epoch), False
+            if step > first:  # of a checkpoint's step all is done but the evaluation
+                started, window = time.perf_counter(), next(windows)
+                lr = learning_rate(step, total_steps, args["lr"], args["warmup_proportion"])
+                is_stopped = train_step(accelerator, wrapped, optimizer, train_data, window, epoch, lr, args, state)
+                seen, seconds = seen + len(window), seconds + time.perf_counter() - started
+                if step % (args["save_steps"] or steps_per_epoch) == 0 or step == total_steps:
+                    save()
+            if eval_data and not is_stopped and (step % due == 0 or step == total_steps):
+                candidate = evaluate(accelerator, model, eval_data, args, state["max_tokens"], step, epoch)
+                is_stopped = candidate is None
+                candidates += [candidate] * (not is_stopped)
+                if not is_stopped and all(candidate["quality"] > each["quality"] for each in candidates[1:-1]):
+                    state["best_step"], state["best_weights"] = step, None  # the former go before the new ones come
+                    state["best_weights"] = base_weights and host_copy(model)
+            if is_stopped:
+                save()
+                accelerator.wait_for_everyone()  # as soon as one process leaves, a launcher ends the others
+                number = [*received_signals, (signal.SIGTERM, 0)][0][0]  # another process may have received it
+                raise UserError(f"Stopped by {signal.Signals(number).name} after step {step} of {total_steps}; the "
+                                f"checkpoint is in {run_dir}.\n{CHOICES}", exit_status=128 + number)
             newest = f", {eval_data.metric} {candidates[-1]['quality']:.4f}" if eval_data else ""
+            _, _, loss, lr, _ = state["history"][-1]
             bar.set_postfix_str(f"epoch {epoch}/{args['epochs']}, loss {loss:.4f}, lr {lr:.2e}, "
-                                f"{seen / seconds:.1f} pairs/s{newest}")
-            bar.update()
-            if step < total_steps and len(candidates) - 1 - best >= (args["early_stopping_patience"] or math.inf):
-                say(f"No better evaluation since step {candidates[best]['step']}: stopping early.")
+                                f"{seen / max(seconds, 1e-9):.1f} pairs/s{newest}")
+            bar.update(step - bar.n)
+            worse = sum(each["step"] > state["best_step"] for each in candidates)  # evaluations since the best
+            if step < total_steps and worse >= (args["early_stopping_patience"] or math.inf):
+                say(f"No better evaluation since step {state['best_step']}: stopping early.")
                 bar.total = step  # nothing is left to do
                 break
     for mix in args["base_interpolation"] if base_weights and not model.new_weights else ():
-        set_weights(model, best_weights, base_weights, mix)
-        step, epoch = candidates[best]["step"], candidates[best]["epoch"]
-        candidates.append(evaluate(accelerator, model, eval_data, args, max_tokens, step, epoch, mix))
-    row_sums = accelerator.reduce(row_sums.to(accelerator.device), "sum").cpu().numpy()
-    return history, candidates, base_weights and (best_weights, base_weights), row_sums, max_tokens
+        set_weights(model, state["best_weights"], base_weights, mix)
+        step, epoch = state["best_step"], math.ceil(state["best_step"] / steps_per_epoch)
+        candidates.append(evaluate(accelerator, model, eval_data, args, state["max_tokens"], step, epoch, mix))
+    state["row_sums"] = accelerator.reduce(state["row_sums"].to(accelerator.device), "sum").cpu().numpy()
+    return base_weights and (state["best_weights"], base_weights)
 
 
 def draw_loss_curve(history, report, path):
     """Draw the loss, its moving mean, the learning rate and the ends of epochs; below, evaluations and final_model."""
     from matplotlib.figure import Figure
-    steps, epochs, losses, rates = np.transpose(history)
+    steps, epochs, losses, rates, _ = np.transpose(history)
     half = math.ceil(len(steps) / 40)
     smooth = [losses[max(0, index - half) : index + half + 1].mean() for index in range(len(losses))]
     ends = np.flatnonzero(np.diff(epochs)) + 1.5
@@ -850,7 +1093,7 @@ def write_evaluation(folder, dataset, report, scores):
     from matplotlib.figure import Figure
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "eval_report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False), "utf-8")
-    columns = [torch.from_numpy(logits).sigmoid().numpy() for logits in scores.values()]  # probabilities
+    columns = [logits.sigmoid().numpy() for logits in scores.values()]  # probabilities
     write_rows(folder / "predictions.jsonl", dataset, np.arange(len(dataset)), score_before=columns[0],
                score_after=columns[-1])
     figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
@@ -906,12 +1149,9 @@ def say_verdict(report, args):
     say(f"Verdict: {verdict}. {found}.\nNext: {advice}.")
 
 
-def prepare(args, run_dir):
-    """What comes before the first evaluation: the accelerator, the model wrapped for it, the optimizer, the train data,
-    the eval data (None: nothing can be measured), and facts for run.json: data, base, hardware, micro_batch_tokens …"""
+def load_base(args):
+    """The model that training starts from, with max_len and formats as `args` says."""
     name, max_len = args["model_name_or_path"], args["max_len"]
-    train_rows, eval_rows, paths, data_sha256 = load_data(args)
-    check_rows(train_rows, eval_rows, (args["min_label"] + args["max_label"]) / 2)
     model = BertRerankerModel.from_pretrained(name, args["revision"], args["trust_remote_code"])
     if model.new_weights:
         say(f"Not in {name}, so drawn with seed {args['seed']}: {', '.join(model.new_weights)}")
@@ -919,14 +1159,46 @@ def prepare(args, run_dir):
         raise UserError(f"max_len {max_len}: {name} takes {model.max_len} (positions, model_max_length)", exit_status=2)
     model.tokenizer.model_max_length = max_len
     model.model.config.update({key: args[key] for key in ("query_format", "document_format") if args[key] != "{}"})
-    base_sha256 = hashlib.sha256()
-    for weight in model.state_dict().values():
-        base_sha256.update(weight.numpy())
-    AcceleratorState._reset_state(reset_partial_state=True)  # so that train() can be called again, as in a notebook
-    cpu = not torch.accelerator.is_available()  # unless told, accelerate overlooks the other CPU processes
-    state, gpus = PartialState(cpu=cpu, timeout=timedelta(days=1)), torch.cuda.device_count()  # a day to tokenise in
+    return model
+
+
+def describe(args, model, train_rows, eval_rows, data_sha256):
+    """What run.json tells of a run, and under "identity" what a resumed run has to share with its checkpoint."""
+    name, state = args["model_name_or_path"], PartialState()
+    def sha256(*parts):
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        return digest.hexdigest()
+    config = json.dumps(model.model.config.to_dict() | {"transformers_version": "", "_name_or_path": ""}, default=str)
+    identity = {"train rows": sha256(train_rows), "eval rows": sha256(eval_rows), "config": sha256(config.encode()),
+                "base weights": sha256(*(weight.numpy() for weight in model.state_dict().values())),
+                "tokenizer": sha256(model.plain_tokenizer.to_str().encode()),
+                "samples of a step": args["batch_size"] * args["gradient_accumulation_steps"] * state.num_processes}
+    cached = not Path(name).is_dir() and try_to_load_from_cache(name, "config.json", revision=args["revision"])
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--verify", "HEAD"]
+    device = torch.cuda.get_device_name() if state.device.type == "cuda" else state.device
+    return {
+        "data_sha256": data_sha256, "base_sha256": identity["base weights"], "python": platform.python_version(),
+        "base_revision": Path(cached).parent.name if cached else None, "processes": state.num_processes,
+        "precision": supported_precision(args["mixed_precision"], state.device), "identity": identity,
+        "versions": {each: version(each) for each in ("torch", "transformers", "tokenizers", "accelerate", "numpy")},
+        "hardware": f"{platform.platform()}, {device}",
+        "git_revision": shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()}
+
+
+def prepare(args, run_dir, checkpoint):
+    """What comes before the first evaluation: the accelerator, the model wrapped for it, the optimizer, the train data,
+    the eval data (None: nothing can be measured), and the state to train on from, that of the `checkpoint` if there
+    is one."""
+    state, gpus = PartialState(), torch.cuda.device_count()
     if gpus > state.num_processes == 1:
         say(f"Using 1 GPU of {gpus}; all: accelerate launch --num_processes {gpus} {subprocess.list2cmdline(sys.argv)}")
+    train_rows, eval_rows, paths, data_sha256 = load_data(args)
+    check_rows(train_rows, eval_rows, (args["min_label"] + args["max_label"]) / 2)
+    model = load_base(args)
+    facts = describe(args, model, train_rows, eval_rows, data_sha256)
+    saved = checkpoint and load_checkpoint(checkpoint, args, facts)
     with state.local_main_process_first():  # it writes what the others then find
         train_data, eval_data = (RerankDataset(rows, paths, part, model, args)
                                  for part, rows in (("train", train_rows), ("eval", eval_rows)))
@@ -944,9 +1216,12 @@ def prepare(args, run_dir):
         for stale in {*train_data.cache.parent.glob("?" * 64 + ".*")} - {train_data.cache, eval_data.cache}:
             with suppress(PermissionError):  # Windows keeps what is still mapped
                 stale.unlink()
-        shutil.rmtree(run_dir, ignore_errors=True)
+        kept = checkpoints_in(run_dir) if checkpoint and checkpoint.resolve().parent == run_dir.resolve() else []
+        for each in [*run_dir.glob("*")]:
+            if each not in kept and not (kept and each.suffix == ".pt"):
+                remove(each)
         (run_dir / "logs").mkdir(parents=True)
-    accelerator = Accelerator(cpu=cpu, mixed_precision=supported_precision(args["mixed_precision"], state.device),
+    accelerator = Accelerator(cpu=state.device.type == "cpu", mixed_precision=facts["precision"],
                               log_with=args["log_with"] if args["epochs"] else None, project_dir=run_dir / "logs",
                               kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])  # constants
     accelerator.init_trackers("train_bert_rerank", args if args["log_with"] == "wandb" else None,  # no lists
@@ -959,22 +1234,25 @@ def prepare(args, run_dir):
                "weight_decay": decay * args["weight_decay"]} for decay in (True, False)]  # biases, LayerNorm: False
     optimizer = torch.optim.AdamW(groups, args["lr"], (0.9, 0.999), 1e-8, fused=True)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    device, precision, processes = accelerator.device, accelerator.mixed_precision, accelerator.num_processes
-    max_tokens = args["micro_batch_tokens"] or args["batch_size"] * max_len
-    if max_tokens == "auto":
-        samples = args["batch_size"] * args["gradient_accumulation_steps"] * processes
-        max_tokens = largest_micro_batch(accelerator, wrapped, train_data, samples) if args["epochs"] else 32 * max_len
-    say(f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} M parameters, device {device}, "
-        f"precision {precision.replace('no', 'fp32')}, processes: {processes}, micro-batches of {max_tokens} tokens")
-    cached = not Path(name).is_dir() and try_to_load_from_cache(name, "config.json", revision=args["revision"])
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--verify", "HEAD"]
-    return accelerator, wrapped, optimizer, train_data, eval_data if eval_data.metric else None, {
-        "data_sha256": data_sha256, "base_sha256": base_sha256.hexdigest(), "python": platform.python_version(),
-        "base_revision": Path(cached).parent.name if cached else None, "processes": processes, "precision": precision,
-        "versions": {each: version(each) for each in ("torch", "transformers", "tokenizers", "accelerate", "numpy")},
-        "hardware": f"{platform.platform()}, {torch.cuda.get_device_name() if device.type == 'cuda' else device}",
-        "git_revision": shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        "micro_batch_tokens": max_tokens}
+    is_same_bound = saved and all(saved["args"][key] == args[key] for key in ("micro_batch_tokens", "batch_size"))
+    max_tokens = args["micro_batch_tokens"] or args["batch_size"] * args["max_len"]
+    if is_same_bound:
+        max_tokens = saved["facts"]["micro_batch_tokens"]
+    elif max_tokens == "auto" and args["epochs"]:
+        max_tokens = largest_micro_batch(accelerator, wrapped, train_data, facts["identity"]["samples of a step"])
+    facts["micro_batch_tokens"] = max_tokens = 32 * args["max_len"] if max_tokens == "auto" else max_tokens
+    trained = sum(each.nbytes for each in model.parameters() if each.requires_grad)
+    if IS_MAIN_PROCESS and args["epochs"]:  # at most, just before an old checkpoint goes
+        count = args["save_total_limit"] + 1 - len(checkpoints_in(run_dir))
+        require_space(run_dir, trained * (4 * count + 2), f"What a run keeps ({count} checkpoints, weights)")
+    say(f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} M parameters, device {accelerator.device}, "
+        f"precision {facts['precision'].replace('no', 'fp32')}, processes: {state.num_processes}, "
+        f"micro-batches of {max_tokens} tokens")
+    fresh = {"step": 0, "best_step": 0, "best_weights": None, "bad_steps": 0, "overflows": 0, "history": [],
+             "candidates": [], "row_sums": torch.zeros(len(train_data), 2), "max_tokens": max_tokens}
+    state = {**(saved or fresh), "args": args, "facts": facts}
+    state["max_tokens"] = state["max_tokens"] if is_same_bound else max_tokens
+    return accelerator, wrapped, optimizer, train_data, eval_data if eval_data.metric else None, state
 
 
 def train(args):
@@ -982,16 +1260,25 @@ def train(args):
     what run.json holds (not with 0 epochs) and, as "report", what eval_report.json holds (None without evaluation)."""
     args = check_settings(args)
     say(f"Training Args: {args}")
+    seed_everything(args["seed"])
+    AcceleratorState._reset_state(reset_partial_state=True)  # so that train() can be called again, as in a notebook
+    # Unless told, accelerate overlooks the other CPU processes. A day: others wait while one tokenises or saves.
+    PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
     output_dir = Path(args["output_dir"])
     run_dir = output_dir / ("unfinished_run" if args["epochs"] else "evaluation")
-    stray = not (output_dir / "run.json").exists() and any((output_dir / name).exists() for name in RESULTS)
-    if output_dir.is_file() or args["epochs"] and (stray or (run_dir / "run.json").exists()):
-        raise UserError(f"{output_dir} is a file, or holds a model, logs or a run to keep: take another output_dir", 2)
-    seed_everything(args["seed"])
+    found = find_checkpoint(args, output_dir, run_dir) if IS_MAIN_PROCESS else None
+    [checkpoint] = broadcast_object_list([found])  # the main process decides
+    if checkpoint == output_dir / "run.json":
+        say(f"This run has ended, and {output_dir} holds its results. Without --resume_from_checkpoint it starts anew.")
+        report = output_dir / "eval_report.json"
+        report = json.loads(report.read_text("utf-8")) if report.exists() else None
+        return {**json.loads(checkpoint.read_text("utf-8")), "report": report}
     clock = [time.perf_counter()]
-    accelerator, wrapped, optimizer, train_data, eval_data, facts = prepare(args, run_dir)
-    model, max_tokens = accelerator.unwrap_model(wrapped), facts["micro_batch_tokens"]
-    base = eval_data and evaluate(accelerator, model, eval_data, args, max_tokens)
+    accelerator, wrapped, optimizer, train_data, eval_data, state = prepare(args, run_dir, checkpoint)
+    model, max_tokens = accelerator.unwrap_model(wrapped), state["facts"]["micro_batch_tokens"]
+    if eval_data and not state["step"]:
+        state["candidates"] = [evaluate(accelerator, model, eval_data, args, max_tokens)]
+    base = eval_data and state["candidates"][0]
     if base and base["quality"] == -math.inf:
         raise UserError(f"{args['model_name_or_path']} gives no finite scores: mend it, or try --mixed_precision no")
     if not args["epochs"]:
@@ -1003,43 +1290,46 @@ def train(args):
     shifted = fit_bias(accelerator, model, train_data, max_tokens)
     clock.append(time.perf_counter())
     say(f"Start training for {args['epochs']} epochs ...")
-    steps, candidates, weights, row_sums, facts["micro_batch_tokens"] = fine_tune(
-        accelerator, wrapped, optimizer, train_data, eval_data, base, args, max_tokens)
+    weights = fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, run_dir, args, state)
     clock.append(time.perf_counter())
     say("Training finished! Saving model ...")
-    report, best, after = judge(candidates, eval_data, args) if eval_data else (None,) * 3
+    if state["overflows"]:
+        say(f"{state['overflows']} steps were left out by the fp16 scaler, as is usual while it finds its scale.")
+    report, best, after = judge(state["candidates"], eval_data, args) if eval_data else (None,) * 3
     if report:
         numbers = {f"eval/after/{key}": value for key, value in after["metrics"].items() if value is not None}
-        accelerator.log({**numbers, "eval/delta": report["delta"]["mean"] or 0.0}, step=len(steps))
+        accelerator.log({**numbers, "eval/delta": report["delta"]["mean"] or 0.0}, step=state["step"])
     if weights:
         set_weights(model, *weights, best["base_interpolation"])
+    if not has_finite_weights(model):
+        raise UserError(f"training left no finite weights: lower lr {args['lr']}, or mixed_precision no")
     if IS_MAIN_PROCESS:
+        size = sum(weight.nbytes for weight in model.parameters()) * (1 + (report is not None and after is base))
+        require_space(run_dir, size, "The model")
         if report and after is base:
             model.save_pretrained(run_dir / "fine_tuned_model")
             set_weights(model, *weights, 1.0)
             model.load_state_dict(shifted, strict=False)  # the base as it was
         model.save_pretrained(run_dir / "final_model")
-        draw_loss_curve(steps, report, run_dir / "loss_curve.png")
-        write_rows_to_check(run_dir / "rows_to_check.jsonl", train_data, row_sums)
+        draw_loss_curve(state["history"], report, run_dir / "loss_curve.png")
+        write_rows_to_check(run_dir / "rows_to_check.jsonl", train_data, state["row_sums"])
         if report:
             scores = {"before: base model": base["scores"], "after: final_model": after["scores"]}
             write_evaluation(run_dir, eval_data, report, scores)
     say("Model saved successfully!")
     rss = importlib.import_module("resource").getrusage(0).ru_maxrss * 1024 if sys.platform == "linux" else None
-    run = {"args": args, **facts, "seconds": {"preparation": clock[1] - clock[0], "training": clock[2] - clock[1]},
+    run = {"args": args, **state["facts"], "micro_batch_tokens": state["max_tokens"],
+           "resumed_from": checkpoint and str(checkpoint),
+           "seconds": {"preparation": clock[1] - clock[0], "training": clock[2] - clock[1]},
+           "results": [name for name in RESULTS if name == "run.json" or (run_dir / name).exists()],
            "peak_memory_bytes": torch.cuda.max_memory_allocated() if accelerator.device.type == "cuda" else rss}
     wrapped, optimizer = accelerator.free_memory(wrapped, optimizer)  # DDP must go before its group, or gloo may hang
     accelerator.end_training()
     if IS_MAIN_PROCESS:
-        (run_dir / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False), encoding="utf-8")
-        for name in RESULTS:  # those of an earlier run stay until this one is complete
-            new, old = run_dir / name, output_dir / name
-            if os.path.lexists(old):
-                say(f"{old}, of an earlier run, is {'replaced' if new.exists() else 'removed'}.")
-                (shutil.rmtree if old.is_dir() and not old.is_symlink() else os.remove)(old)
-            if new.exists():
-                new.rename(old)
-        run_dir.rmdir()
+        flush_to_disk(*run_dir.rglob("*"), run_dir)
+        with whole_file(run_dir / "run.json") as file:  # from here on the run is complete
+            file.write(json.dumps(run, indent=2, ensure_ascii=False).encode())
+        publish(output_dir, run_dir)
     if report:
         say_verdict(report, args)
     return {**run, "report": report}
@@ -1088,6 +1378,8 @@ def check_settings(args):
         raise UserError(f"min_label {args['min_label']} is not below max_label {args['max_label']}", exit_status=2)
     if any(args[key].count("{}") != 1 for key in ("query_format", "document_format")):
         raise UserError("query_format and document_format should each hold {} once, where the text goes", exit_status=2)
+    if args["resume_from_checkpoint"] and args["overwrite_output_dir"]:
+        raise UserError("resume_from_checkpoint goes on and overwrite_output_dir starts over: set one of them", 2)
     for package in filter(None, ("matplotlib", args["log_with"])):
         if not getattr(importlib.util.find_spec(package), "origin", None):
             raise UserError(f"the package {package} is missing: pip install {package}", exit_status=2)
@@ -1140,6 +1432,10 @@ def main():
         "eval_steps": None,  # int 1.. | None: evaluate every so many optimizer steps; None: at the end of each epoch
         "metric_for_best_model": "auto",  # "auto" | "ndcg@10" | "mrr@10" | "map" | "average_precision": best is best in
         "load_best_model_at_end": True,  # bool: keep the best weights, not the last; the base's where all rank below it
+        "save_steps": None,  # int 1.. | None: write a checkpoint every so many steps; None: at the end of each epoch
+        "save_total_limit": 2,  # int 1..: checkpoints that are kept; a run that ends well removes them all
+        "resume_from_checkpoint": None,  # str | None: go on from this folder; latest: the newest, or afresh without one
+        "overwrite_output_dir": False,  # bool: throw the checkpoints of an unfinished run in output_dir away
         "early_stopping_patience": None,  # int 1.. | None: stop after so many evaluations without a better one
         "base_interpolation": (0.25, 0.5, 0.75),  # tuple 0.01..0.99: shares of the base to mix into the best weights
         "seed": 42,  # int 0..4294967295: the same seed gives the same bits on the same machine
@@ -1150,9 +1446,18 @@ def main():
     try:
         train({**args, **parse_command_line(sys.argv[1:])})
     except (UserError, OSError) as error:  # a full disk, a folder without permission
+        status = getattr(error, "exit_status", 1)
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
-            print(f"Error: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_status", 1))
+            print(f"{'Error: ' * (status < 128)}{error}", file=sys.stderr)
+        sys.exit(status)
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "by peer" not in str(error):
+            raise
+        print(f"Error: another process of this run has ended: {error}\n{CHOICES}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"Interrupted outside of training.\n{CHOICES}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

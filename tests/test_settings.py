@@ -150,6 +150,10 @@ OVERRIDES = [
     ("eval_steps", "50", 50),
     ("metric_for_best_model", "mrr@10", "mrr@10"),
     ("load_best_model_at_end", "false", False),
+    ("save_steps", "500", 500),
+    ("save_total_limit", "3", 3),
+    ("resume_from_checkpoint", "latest", "latest"),
+    ("overwrite_output_dir", "true", True),
     ("early_stopping_patience", "2", 2),
     ("base_interpolation", "[0.25, 0.5]", [0.25, 0.5]),
     ("base_interpolation", "[]", []),
@@ -412,5 +416,5 @@ def test_an_output_dir_that_cannot_be_made_ends_in_one_message(run_script, write
     (tmp_path / "file").write_text("")
     done = run_script("--model_name_or_path", TINY, "--train_dataset", write_jsonl("rows.jsonl", rows_of(4)),
                       "--eval_dataset", None, "--output_dir", "file/sub", "--mixed_precision", "no")  # fmt: skip
-    assert done.returncode == 1 and "Traceback" not in done.stdout
-    assert "Error: [Errno 20] Not a directory" in done.stdout
+    assert done.returncode == 2 and "Loading" not in done.stdout
+    assert done.stdout.endswith(f"Error: output_dir file/sub: file is no folder that this run may write to\n")
