@@ -1005,7 +1005,11 @@ def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, run_dir, a
         restore(accelerator, model, optimizer, state)
     save = partial(save_checkpoint, accelerator, model, optimizer, run_dir, args["save_total_limit"], state)
     windows = (each for _ in range(args["epochs"]) for each in epoch_windows(len(train_data), samples_per_step, order))
-    windows, candidates = islice(windows, first, None), state["candidates"]
+    windows, candidates, is_due = islice(windows, first, None), state["candidates"], False
+    # DDP orders gradients anew after its first backward: one that weighs nothing, lest a resumed run sum them otherwise.
+    for _ in backpropagate(accelerator, wrapped, train_data, 1, [], []) if processes > 1 else ():
+        pass
+    optimizer.zero_grad()
     with noted_signals(), tqdm(desc="Training", total=total_steps, initial=first, disable=not IS_MAIN_PROCESS) as bar:
         for step in range(max(1, first), total_steps + 1):
             epoch, is_stopped = math.ceil(step / steps_per_epoch), False
@@ -1014,8 +1018,10 @@ def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, run_dir, a
                 lr = learning_rate(step, total_steps, args["lr"], args["warmup_proportion"])
                 is_stopped = train_step(accelerator, wrapped, optimizer, train_data, window, epoch, lr, args, state)
                 seen, seconds = seen + len(window), seconds + time.perf_counter() - started
-                if step % (args["save_steps"] or steps_per_epoch) == 0 or step == total_steps:
+                is_due = is_due or step % (args["save_steps"] or steps_per_epoch) == 0 or step == total_steps
+                if is_due and not state["bad_steps"]:  # nor would weights that overflow be good to go on from
                     save()
+                    is_due = False
             if eval_data and not is_stopped and (step % due == 0 or step == total_steps):
                 candidate = evaluate(accelerator, model, eval_data, args, state["max_tokens"], step, epoch)
                 is_stopped = candidate is None
