@@ -32,13 +32,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, release_memory, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, release_memory, set_seed
 from huggingface_hub import HfApi, errors, try_to_load_from_cache
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
 ADVICE = 'Each line should be a JSON object in UTF-8: {"query": "…", "content": "…", "label": 1}'
+LONGEST_LINE = 16 << 20  # bytes; the tokenizer takes 60 times as much memory and more
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # torchrun and accelerate launch set RANK
 RESULTS = ["final_model", "fine_tuned_model", "logs", "loss_curve.png", "score_distribution.png", "eval_report.json",
            "predictions.jsonl", "rows_to_check.jsonl", "run.json"]  # moved in this order: run.json marks a finished run
@@ -57,10 +58,15 @@ class UserError(Exception):
         self.exit_status = exit_status
 
 
+def printable(text):
+    """`text` with what could steer a terminal or reorder what it shows as escapes: file names come from anywhere."""
+    return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in str(text))
+
+
 def say(message):
     """Print once, however many processes there are, above a bar that stands."""
     if IS_MAIN_PROCESS:
-        tqdm.write(message, file=sys.stdout)
+        tqdm.write(printable(message), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -82,6 +88,7 @@ def flush_to_disk(*paths):
 def whole_file(path):
     """A file to write to under another name, renamed once all of it is on disk: `path` is whole or not there."""
     unfinished = path.with_suffix(f".{platform.node()}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(unfinished, "wb") as file:
             yield file
@@ -90,6 +97,9 @@ def whole_file(path):
         flush_to_disk(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # folders that hold nothing now
+            path.parent.rmdir()
+            path.parent.parent.rmdir()
 
 
 # ---- Reproducibility -------------------------------------------------------------------------------------------------
@@ -176,10 +186,13 @@ class BertRerankerModel(torch.nn.Module):
                     "  - try without a download:  --model_name_or_path tiny_reranker") from error
         if model.config.is_encoder_decoder or not tokenizer.is_fast:
             raise UserError(f"{name} is no BERT-family encoder with a fast tokenizer, but {model.config.model_type}.")
+        if tokenizer.pad_token_id is None or len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            raise UserError(f"{name} has another model's tokenizer: no padding, or more tokens than embeddings")
         new_weights = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
         lost = [key for key in new_weights if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
+        lost += [key for key in sorted(info["unexpected_keys"]) if ".layer." in key]
         if lost:
-            raise UserError(f"{name} lacks {len(lost)} weights of its encoder, {lost[0]} among them.")
+            raise UserError(f"{name} or its config.json lacks {len(lost)} weights of its encoder: {lost[0]} …")
         return cls(model.float(), tokenizer, new_weights)  # a checkpoint in fp16 is trained in fp32 too
 
     def save_pretrained(self, folder):
@@ -314,7 +327,7 @@ def parse_line(line, min_label, max_label):
             advice = "drop the quotes" if isinstance(label, str) else "it should be a number"
             raise ValueError("label is missing" if label is None else f"label is {json.dumps(label)[:40]}: {advice}")
         if not min_label <= label <= max_label:  # true for NaN and infinity as well
-            raise ValueError(f"label {label} is outside [{min_label}, {max_label}] (min_label, max_label)")
+            raise ValueError(f"label {str(label)[:40]} is outside [{min_label}, {max_label}] (min_label, max_label)")
     return rows
 
 
@@ -323,10 +336,15 @@ def read_rows(path, min_label, max_label, digest=None):
     the first ten bad ones. With `digest` a bar is shown, and all bytes go into the digest."""
     bad, bad_count = "", 0
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("no regular file")  # a FIFO would be waited for
         with open(path, "rb") as raw, tqdm(desc="Loading data", total=os.path.getsize(path), unit="B", unit_scale=True,
                                            disable=not (digest and IS_MAIN_PROCESS)) as bar:
             is_gzip = raw.peek(2)[:2] == b"\x1f\x8b"
-            for number, line in enumerate(gzip.GzipFile(fileobj=raw) if is_gzip else raw, start=1):
+            file = gzip.GzipFile(fileobj=raw) if is_gzip else raw
+            for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), start=1):
+                if len(line) > LONGEST_LINE:
+                    raise UserError(f"{path}: line {number} is longer than {LONGEST_LINE >> 20} MB. {ADVICE}")
                 if digest:
                     digest.update(line)
                     bar.update(raw.tell() - bar.n)
@@ -428,7 +446,6 @@ class RerankDataset:
         columns = np.zeros((3, len(self) + 1), dtype=np.int32)  # one more: an empty file could not be mapped
         encoded = tqdm(model.encode(self.pairs(), self.args["max_len"]), f"Tokenizing {name} data", len(self),
                        disable=not (IS_MAIN_PROCESS and len(self)))
-        self.cache.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(self.cache) as file:
             for number, (ids, boundary, cut) in enumerate(encoded):
                 columns[:, number] = len(ids), boundary, cut
@@ -495,7 +512,7 @@ def plan_window(lengths, max_tokens, batch_cost, num_processes=1):
 
 def epoch_windows(count, samples_per_step, generator):
     """An epoch's windows, each the row numbers of an optimizer step: a new random permutation of `count`, in pieces."""
-    return [each.numpy() for each in torch.randperm(count, generator=generator).split(samples_per_step)]
+    return [each.numpy() for each in torch.randperm(count, generator=generator).split(min(count, samples_per_step))]
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
@@ -589,11 +606,6 @@ def measure(lists, labels, scores):
     return {key: means.get(key) for key in METRICS}, {key: means[key] for key in health}
 
 
-def has_finite_weights(model):
-    """Whether no weight of `model` is NaN or infinite."""
-    return all(weight.isfinite().all() for weight in model.parameters())
-
-
 def evaluate(accelerator, model, dataset, args, max_tokens, step=0, epoch=0, base_interpolation=0.0):
     """Score `dataset`, say and log what came out, warn where it looks ill. Returns a candidate: {"step", "epoch",
     "base_interpolation", "scores": logits [N], "metrics", "values" [V] and "quality", their mean rounded lest noise
@@ -605,9 +617,9 @@ def evaluate(accelerator, model, dataset, args, max_tokens, step=0, epoch=0, bas
     scores, labels = logits.cpu().double().numpy(), dataset.labels.numpy()
     name = f"Step {step}, epoch {epoch}" if step else args["model_name_or_path"]
     name += f", mixed with {base_interpolation:.0%} of the base" if base_interpolation else ""
-    found, ill = {"metrics": dict.fromkeys(METRICS), "quality": -math.inf}, "weights or scores are not finite"
-    logged = {}
-    if np.isfinite(scores).all() and has_finite_weights(model):
+    found, logged = {"metrics": dict.fromkeys(METRICS), "quality": -math.inf}, {}
+    ill = "weights or scores are not finite"
+    if np.isfinite(scores).all() and all(weight.isfinite().all() for weight in model.parameters()):
         metrics, health = measure(dataset.lists, labels, scores)
         values = metric_values(dataset.metric, dataset.lists[dataset.metric], labels, scores)
         found = {"metrics": metrics, "values": torch.from_numpy(values), "quality": round(float(values.mean()), 9)}
@@ -705,25 +717,22 @@ CHOICES = ("  to go on:      the same command with --resume_from_checkpoint late
 
 @contextmanager
 def noted_signals():
-    """Within it a first SIGTERM, SIGINT or SIGUSR1 is noted in `received_signals`; one over a second later (a launcher
-    passes on what it receives, so that the first may come twice) ends the process at once, as it does elsewhere. Not in
-    a thread of a user's own: Python gives signals to the main thread alone."""
+    """Within it a first SIGTERM, SIGINT or SIGUSR1 is noted in `received_signals`; one over a second later (launchers
+    may pass on what has been received already) ends the process at once, as outside. Only the main thread gets any."""
     def note(number, _):
         received_signals.append((number, time.monotonic()))
         if received_signals[-1][1] - received_signals[0][1] > 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-    is_main_thread = threading.current_thread() is threading.main_thread()
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+    is_main_thread = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, note) for number in numbers if is_main_thread}
     try:
         yield
     finally:
-        late, received_signals[:] = [number for number, _ in received_signals[:1]], []
+        received_signals.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
-    for number in late:  # too late to be acted on
-        signal.raise_signal(number)
 
 
 def checkpoints_in(run_dir):
@@ -750,17 +759,16 @@ def save_checkpoint(accelerator, model, optimizer, run_dir, limit, state):
     best weights so far beside it, unless they are there; then let go of all but the `limit` newest. Random states are
     none of it, since data order and dropout follow from seed, process and step."""
     row_sums = accelerator.gather(state["row_sums"][None].to(accelerator.device)).cpu()  # [processes, N, 2]
-    if not IS_MAIN_PROCESS or not has_finite_weights(model):  # no weights to go on from
+    if not IS_MAIN_PROCESS or not all(weight.isfinite().all() for weight in model.parameters()):
         return
     saved = {**state, "row_sums": row_sums, "best_weights": None, "optimizer": optimizer.state_dict(),
              "model": {name: each.detach() for name, each in model.named_parameters() if each.requires_grad},
              "scaler": accelerator.scaler and accelerator.scaler.state_dict()}
     folder, best = run_dir / f"checkpoint-{state['step']:08}", run_dir / f"best_weights-{state['best_step']:08}.pt"
-    new = [each for each in ((best, state["best_weights"]), (folder / "state.pt", saved))
-           if each[1] and not each[0].exists()]
+    new = [(best, state["best_weights"]), (folder / "state.pt", saved)]
+    new = [(path, content) for path, content in new if content and not path.exists()]
     size = sum(leaf.nbytes for leaf in tree_leaves(new) if torch.is_tensor(leaf))
     require_space(run_dir, size, folder.name)
-    folder.mkdir(exist_ok=True)
     try:
         for path, content in new:
             with whole_file(path) as file:
@@ -778,7 +786,7 @@ def load_checkpoint(folder, args, facts):
         if saved["best_step"] and args["load_best_model_at_end"]:
             best = folder.parent / f"best_weights-{saved['best_step']:08}.pt"
             saved["best_weights"] = torch.load(best, "cpu", weights_only=True, mmap=True)
-        old = {**saved["args"], **saved["facts"], **saved["facts"]["identity"]}
+        old = {**saved["facts"], **saved["facts"]["identity"], **saved["args"]}
     except Exception as error:  # torch.load raises a dozen types for files that are not what it expects
         raise UserError(f"{folder} and the best weights beside it cannot be read: {type(error).__name__}: {error}\n"
                         "(Of several machines each has to see output_dir.)") from error
@@ -786,8 +794,8 @@ def load_checkpoint(folder, args, facts):
     if other := differences(old, {**strict, **facts["identity"]}):
         raise UserError("\n  ".join([f"{folder} is of another run; from it to this one:", *other]) +
                         f"\nSet that back, or take another output_dir.\n{CHOICES.splitlines()[1]}", exit_status=2)
-    environment = {key: facts[key] for key in ("processes", "precision", "versions", "hardware")}
-    other = differences(old, {**args, **environment, "resume_from_checkpoint": old["resume_from_checkpoint"]})
+    new = {**args, "resume_from_checkpoint": old["resume_from_checkpoint"]}  # all that may differ, and where it runs
+    other = differences(old, new | {key: facts[key] for key in ("processes", "precision", "versions", "hardware")})
     say("\n  ".join([f"Going on after step {saved['step']}, from {folder}" + ", with other" * bool(other), *other]))
     return saved
 
@@ -947,15 +955,6 @@ def largest_micro_batch(accelerator, wrapped, dataset, samples):
     return max_tokens
 
 
-def name_rows(accelerator, dataset, window, rows, probabilities):
-    """Places of up to ten rows of a `window` whose probabilities (this process has those of `rows`) are not finite; of
-    any of its rows, where all are."""
-    is_bad = torch.from_numpy(np.isin(window, rows[~np.isfinite(probabilities)])).float().to(accelerator.device)
-    is_bad = accelerator.reduce(is_bad, "sum").cpu().numpy() > 0
-    chosen = dataset.rows[np.sort(window[is_bad] if is_bad.any() else window)[:10]]
-    return ", ".join(f"{dataset.paths[row['file']]} line {row['line']}" for row in chosen)
-
-
 def train_step(accelerator, wrapped, optimizer, dataset, window, epoch, lr, args, state):
     """The next optimizer step, with what it gives added to `state`; returns whether a signal asks to stop. Where loss
     or gradient are not finite it is not applied, and a UserError the third time in a row. In fp16 the gradient is the
@@ -983,9 +982,11 @@ def train_step(accelerator, wrapped, optimizer, dataset, window, epoch, lr, args
     state["history"].append((step, epoch, loss, lr, grad_norm))
     accelerator.log({"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}, step=step)
     if not is_good:
-        where = name_rows(accelerator, dataset, window, rows, numbers[3:].numpy())
+        suspects = gather_object(rows[~np.isfinite(numbers[3:].numpy())].tolist()) or window
+        where = dataset.rows[["file", "line"]][np.sort(suspects)[:10]].tolist()
         say(f"!!! WARNING !!! step {step} is not applied: loss {loss}, gradient norm {grad_norm}, in precision "
-            f"{accelerator.mixed_precision.replace('no', 'fp32')} at lr {lr:.2e}. Its rows: {where}")
+            f"{accelerator.mixed_precision.replace('no', 'fp32')} at lr {lr:.2e}. Its rows: "
+            + ", ".join(f"{dataset.paths[file]} line {line}" for file, line in where))
     if state["bad_steps"] == 3:
         raise UserError(f"three steps in a row were not applied: lower lr {args['lr']}, mend the rows that are named, "
                         f"or try --mixed_precision no.\n{CHOICES}")
@@ -1006,7 +1007,7 @@ def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, run_dir, a
     save = partial(save_checkpoint, accelerator, model, optimizer, run_dir, args["save_total_limit"], state)
     windows = (each for _ in range(args["epochs"]) for each in epoch_windows(len(train_data), samples_per_step, order))
     windows, candidates, is_due = islice(windows, first, None), state["candidates"], False
-    # DDP orders gradients anew after its first backward: one that weighs nothing, lest a resumed run sum them otherwise.
+    # After its first backward DDP orders gradients anew; one that weighs nothing lets resumed runs sum them alike.
     for _ in backpropagate(accelerator, wrapped, train_data, 1, [], []) if processes > 1 else ():
         pass
     optimizer.zero_grad()
@@ -1171,16 +1172,16 @@ def load_base(args):
 def describe(args, model, train_rows, eval_rows, data_sha256):
     """What run.json tells of a run, and under "identity" what a resumed run has to share with its checkpoint."""
     name, state = args["model_name_or_path"], PartialState()
-    def sha256(*parts):
-        digest = hashlib.sha256()
-        for part in parts:
-            digest.update(part)
-        return digest.hexdigest()
     config = json.dumps(model.model.config.to_dict() | {"transformers_version": "", "_name_or_path": ""}, default=str)
-    identity = {"train rows": sha256(train_rows), "eval rows": sha256(eval_rows), "config": sha256(config.encode()),
-                "base weights": sha256(*(weight.numpy() for weight in model.state_dict().values())),
-                "tokenizer": sha256(model.plain_tokenizer.to_str().encode()),
-                "samples of a step": args["batch_size"] * args["gradient_accumulation_steps"] * state.num_processes}
+    parts = {"train rows": [train_rows], "eval rows": [eval_rows], "config": [config.encode()],
+             "tokenizer": [model.plain_tokenizer.to_str().encode()],
+             "base weights": [weight.numpy() for weight in model.state_dict().values()]}
+    identity = {"samples of a step": args["batch_size"] * args["gradient_accumulation_steps"] * state.num_processes}
+    for key, arrays in parts.items():
+        digest = hashlib.sha256()
+        for each in arrays:
+            digest.update(each)
+        identity[key] = digest.hexdigest()
     cached = not Path(name).is_dir() and try_to_load_from_cache(name, "config.json", revision=args["revision"])
     git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--verify", "HEAD"]
     device = torch.cuda.get_device_name() if state.device.type == "cuda" else state.device
@@ -1266,14 +1267,17 @@ def train(args):
     what run.json holds (not with 0 epochs) and, as "report", what eval_report.json holds (None without evaluation)."""
     args = check_settings(args)
     say(f"Training Args: {args}")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # its processes must all do the same forwards: they would hang
+        raise UserError("accelerate's configuration asks for FSDP, which this script cannot use: launch with torchrun, "
+                        "or with --multi_gpu, which overrides it; what saves memory: docs/scaling.md", exit_status=2)
     seed_everything(args["seed"])
     AcceleratorState._reset_state(reset_partial_state=True)  # so that train() can be called again, as in a notebook
     # Unless told, accelerate overlooks the other CPU processes. A day: others wait while one tokenises or saves.
     PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
     output_dir = Path(args["output_dir"])
     run_dir = output_dir / ("unfinished_run" if args["epochs"] else "evaluation")
-    found = find_checkpoint(args, output_dir, run_dir) if IS_MAIN_PROCESS else None
-    [checkpoint] = broadcast_object_list([found])  # the main process decides
+    checkpoint = find_checkpoint(args, output_dir, run_dir) if IS_MAIN_PROCESS else None
+    checkpoint = gather_object([checkpoint])[0]  # the main process decides
     if checkpoint == output_dir / "run.json":
         say(f"This run has ended, and {output_dir} holds its results. Without --resume_from_checkpoint it starts anew.")
         report = output_dir / "eval_report.json"
@@ -1307,7 +1311,7 @@ def train(args):
         accelerator.log({**numbers, "eval/delta": report["delta"]["mean"] or 0.0}, step=state["step"])
     if weights:
         set_weights(model, *weights, best["base_interpolation"])
-    if not has_finite_weights(model):
+    if not all(weight.isfinite().all() for weight in model.parameters()):
         raise UserError(f"training left no finite weights: lower lr {args['lr']}, or mixed_precision no")
     if IS_MAIN_PROCESS:
         size = sum(weight.nbytes for weight in model.parameters()) * (1 + (report is not None and after is base))
@@ -1368,7 +1372,8 @@ def fits(value, kind):
         each = "str" if name == "list" else f"float {bounds}"
         is_list = type(value).__name__ in ("list", name) and (len(value) > 0 or name == "tuple")
         return is_list and all(fits(item, each) for item in value)
-    return value == name.strip('"') if name.startswith('"') else type(value).__name__.removesuffix("Type") == name
+    is_fit = value == name.strip('"') if name.startswith('"') else type(value).__name__.removesuffix("Type") == name
+    return is_fit and "\0" not in str(value)  # which no path may hold
 
 
 def check_settings(args):
@@ -1448,13 +1453,14 @@ def main():
         "mixed_precision": "bf16",  # "bf16" | "fp16" | "no": of the computation; the weights stay fp32
         "log_with": "tensorboard",  # "tensorboard" | "wandb" | None: where train/loss, train/lr, train/grad_norm go
     }
+    logging.set_verbosity_error()  # transformers prints names out of a checkpoint unescaped; the run tells what matters
     sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must not end a run
     try:
         train({**args, **parse_command_line(sys.argv[1:])})
     except (UserError, OSError) as error:  # a full disk, a folder without permission
         status = getattr(error, "exit_status", 1)
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
-            print(f"{'Error: ' * (status < 128)}{error}", file=sys.stderr)
+            print(f"{'Error: ' * (status < 128)}{printable(error)}", file=sys.stderr)
         sys.exit(status)
     except RuntimeError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "by peer" not in str(error):

@@ -379,8 +379,8 @@ BROKEN_FOLDERS = {
     "no_tokenizer_at_all": (remove("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
     "no_weights": (remove("model.safetensors"), "cannot load .* no file named model.safetensors"),
     "weights_cut_short": (cut_short, "cannot load"),
-    "a_layer_missing": (without_a_layer, r"lacks 16 weights of its encoder, roberta\.encoder\.layer\.1\."),
-    "other_vocabulary": (other_vocabulary, r"lacks 1 weights of its encoder, roberta\.embeddings\.word_embeddings"),
+    "a_layer_missing": (without_a_layer, r"lacks 16 weights of its encoder: roberta\.encoder\.layer\.1\."),
+    "other_vocabulary": (other_vocabulary, r"lacks 1 weights of its encoder: roberta\.embeddings\.word_embeddings"),
 }
 
 

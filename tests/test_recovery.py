@@ -1,4 +1,4 @@
-"""Checkpoints: a run that was killed anywhere goes on to the same bits, and what would be lost or mixed up is refused."""
+"""Checkpoints: a run killed anywhere goes on to the same bits, and what would be lost or mixed up is refused."""
 
 import hashlib
 import json
@@ -111,13 +111,13 @@ def at_step(step):
     return rf"Training: [^\r]*?\| {step}/\d+ "
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, 2, pytest.param(3, marks=pytest.mark.soak)])
 def test_stopped_by_each_signal_and_killed_a_run_goes_on_to_the_same_bits(settings, tmp_path, processes):
-    settings = {**settings, "epochs": 4, "save_steps": 3, "gradient_accumulation_steps": 4 // processes}
+    settings = {**settings, "epochs": 4, "save_steps": 3, "gradient_accumulation_steps": 6 // processes}
     status, whole = Process({**settings, "output_dir": tmp_path / "whole"}, processes).end()
     assert status == 0, whole
     assert whole.count(f"processes: {processes}") == 1
-    for step, number in ((4, signal.SIGTERM), (8, signal.SIGINT), (12, signal.SIGUSR1), (16, signal.SIGKILL)):
+    for step, number in ((3, signal.SIGTERM), (6, signal.SIGINT), (9, signal.SIGUSR1), (13, signal.SIGKILL)):
         run = Process({**settings, **RESUME}, processes).wait_for(at_step(step))
         if number in (signal.SIGKILL, signal.SIGUSR1):  # those a launcher does not pass on
             for worker in run.workers():
@@ -132,7 +132,7 @@ def test_stopped_by_each_signal_and_killed_a_run_goes_on_to_the_same_bits(settin
         assert status == (128 + number if processes == 1 else 1), output  # torchrun has an exit status of its own
         reached = int(last.name.rpartition("-")[2])
         assert step <= reached <= step + 3
-        said = (rf"Stopped by {number.name} after step {reached} of 20; the checkpoint is in \S*/out/unfinished_run\.\n"
+        said = (rf"Stopped by {number.name} after step {reached} of 16; the checkpoint is in \S*/out/unfinished_run\.\n"
                 r"  to go on:      the same command with --resume_from_checkpoint latest\n"
                 r"  to start over: the same command with --overwrite_output_dir true")  # fmt: skip
         assert len(re.findall(said, output)) == 1 and "train_bert_rerank.py\", line" not in output, output
@@ -143,7 +143,7 @@ def test_stopped_by_each_signal_and_killed_a_run_goes_on_to_the_same_bits(settin
 
 
 def test_a_second_signal_ends_the_run_at_once_and_writes_no_checkpoint(settings, tmp_path, write_jsonl):
-    rows = [{**row, "query": f"{index}"} for index, row in enumerate(100 * rows_of(40))]  # a window of all takes a while
+    rows = [{**row, "query": f"{index}"} for index, row in enumerate(100 * rows_of(40))]  # one window
     settings = {**settings, "train_dataset": write_jsonl("many.jsonl", rows), "gradient_accumulation_steps": 4000,
                 "epochs": 9, "eval_dataset": None}  # fmt: skip
     run = Process(settings).wait_for(at_step(2)).send(signal.SIGTERM)
@@ -194,7 +194,7 @@ import json, os, shutil, sys
 sys.path.insert(0, {root!r})
 import train_bert_rerank
 settings, folder = json.loads(sys.argv[1]), sys.argv[2]
-CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "open")  # what changes a disk, among the events of sys.audit
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "open")  # events of sys.audit that change a disk
 changes = []
 
 def start(name, point=None):
@@ -207,7 +207,8 @@ def start(name, point=None):
     def crash(event, arguments):
         if event in CHANGES and (event != "open" or set(str(arguments[1])) & set("wax+")):
             path = os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes)) else ""
-            is_inside = os.path.abspath(path).startswith(output_dir) or event in ("os.remove", "os.rmdir") and arguments[1] >= 0
+            is_below = event in ("os.remove", "os.rmdir") and arguments[1] >= 0  # relative to a folder that is open
+            is_inside = is_below or os.path.abspath(path).startswith(output_dir)
             if is_inside and "/logs" not in path and "/cache" not in path:
                 changes.append(event)
                 if len(changes) == point:
@@ -225,8 +226,10 @@ for point in json.loads(sys.argv[3]):
 
 
 @pytest.mark.parametrize("chosen", [slice(1, None, 9), pytest.param(slice(1, None), marks=pytest.mark.soak)])
-def test_cut_off_before_any_change_of_the_disk_the_next_run_ends_with_the_same_bits(settings, tmp_path, write_jsonl, chosen):
-    """It writes over an earlier run's results, of another seed and with a file more, so that their moving is cut off too."""
+def test_cut_off_before_any_change_of_the_disk_the_next_run_ends_with_the_same_bits(
+    settings, tmp_path, write_jsonl, chosen
+):
+    """It replaces an earlier run's results, of another seed and with one more, so that their moving is cut off too."""
     rows = (ROOT / "default_eval_data.jsonl").read_text(encoding="utf-8").splitlines()[: 21 * 8]
     settings = {**settings, "train_dataset": str(ROOT / "default_train_data.jsonl"), "save_steps": 1, "eval_steps": 1,
                 "eval_dataset": write_jsonl("eval.jsonl", map(json.loads, rows)), "gradient_accumulation_steps": 33,
@@ -235,7 +238,8 @@ def test_cut_off_before_any_change_of_the_disk_the_next_run_ends_with_the_same_b
     (tmp_path / "earlier" / "fine_tuned_model").mkdir()
     train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "whole")})
     assert "fine_tuned_model" not in names_in(tmp_path / "whole")
-    whole = {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*") if path.is_file() and "cache" not in str(path)}
+    files = [path for path in (tmp_path / "whole").rglob("*") if path.is_file() and path.suffix != ".tokens"]
+    whole = {path: path.read_bytes() for path in files}
     (tmp_path / "crashing.py").write_text(CRASHING.format(root=str(ROOT)), encoding="utf-8")
 
     def cut_off(points):
@@ -268,7 +272,9 @@ def test_by_default_each_epoch_ends_with_a_checkpoint_and_the_newest_two_are_kep
     assert not folder.exists() and (tmp_path / "out" / "final_model").exists()
 
 
-def test_best_weights_stand_once_beside_the_checkpoints_and_those_in_use_are_never_removed(settings, tmp_path, monkeypatch):
+def test_best_weights_stand_once_beside_the_checkpoints_and_those_in_use_are_never_removed(
+    settings, tmp_path, monkeypatch
+):
     folder, seen = tmp_path / "out" / "unfinished_run", []
     save = train_bert_rerank.save_checkpoint
 
@@ -443,8 +449,9 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(settings, trai
     before = {path: path.read_bytes() for path in folder.rglob("*.pt")}
     with pytest.raises(UserError) as caught:
         train_bert_rerank.train({**settings, **change(settings, tmp_path), **RESUME})
-    assert re.fullmatch(rf"\S*checkpoint-00000002 is of another run; from it to this one:\n  {named}\nSet that back, or take "
-                        r"another output_dir.\n  to start over: .*", str(caught.value)), caught.value  # fmt: skip
+    said = (rf"\S*checkpoint-00000002 is of another run; from it to this one:\n  {named}\n"
+            r"Set that back, or take another output_dir.\n  to start over: .*")  # fmt: skip
+    assert re.fullmatch(said, str(caught.value)), caught.value
     assert caught.value.exit_status == 2
     assert {path: path.read_bytes() for path in folder.rglob("*.pt")} == before
 
@@ -456,8 +463,9 @@ def test_names_logging_and_memory_options_may_change_and_are_said(settings, trai
     shutil.move(settings["train_dataset"], tmp_path / "moved.jsonl")
     (tmp_path / "out").rename(tmp_path / "out2")
     capsys.readouterr()
-    changes = {"model_name_or_path": str(tmp_path / "copy"), "train_dataset": str(tmp_path / "moved.jsonl"), "save_steps": 3,
-               "output_dir": str(tmp_path / "out2"), "gradient_checkpointing": True, "save_total_limit": 1}  # fmt: skip
+    changes = {"model_name_or_path": str(tmp_path / "copy"), "train_dataset": str(tmp_path / "moved.jsonl"),
+               "output_dir": str(tmp_path / "out2"), "gradient_checkpointing": True, "save_total_limit": 1,
+               "save_steps": 3}  # fmt: skip
     train_bert_rerank.train({**settings, **changes, **RESUME})
     out = capsys.readouterr().out
     said = out[out.index("Going on after step 4, from ") :]
@@ -497,9 +505,11 @@ def test_two_processes_go_on_where_one_stopped(settings, train_until, tmp_path, 
     train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "whole")})
     train_until(6, settings)
     status, output = Process({**settings, **RESUME}, processes=2).end()
-    assert status == 1 and "samples of a step: 8 → 16" in output and "train_bert_rerank.py\", line" not in output, output
+    assert status == 1 and "samples of a step: 8 → 16" in output, output
+    assert "train_bert_rerank.py\", line" not in output, "a traceback"
     status, output = Process({**settings, **RESUME, "gradient_accumulation_steps": 2}, processes=2).end()
-    assert status == 0 and "  processes: 1 → 2\n" in output and "  gradient_accumulation_steps: 4 → 2\n" in output, output
+    assert status == 0, output
+    assert "  processes: 1 → 2\n" in output and "  gradient_accumulation_steps: 4 → 2\n" in output
     check_agreement(tmp_path, without_dropout)
 
 
@@ -557,9 +567,9 @@ def test_a_step_that_is_not_finite_is_not_applied_and_its_rows_are_named(
                 "gradient_accumulation_steps": 4 // processes, "mixed_precision": precision, "seed": 1}  # fmt: skip
     done = run_script(*[text for key, value in settings.items() for text in (f"--{key}", value)], processes=processes)
     assert done.returncode == 0, done.stdout
-    used = "bf16" if "precision bf16" in done.stdout else "fp32"  # where the processor has no bf16 it computes in fp32
-    found = re.findall(rf"WARNING !!! step (\d+) is not applied: loss nan, gradient norm \S+, in precision {used} at lr "
-                       r"\S+\. Its rows: (.*)", done.stdout)  # fmt: skip
+    used = "bf16" if "precision bf16" in done.stdout else "fp32"  # without bf16 in the processor
+    said = rf"step (\d+) is not applied: loss nan, gradient norm \S+, in precision {used} at lr \S+\. Its rows: (.*)"
+    found = re.findall(said, done.stdout)
     named = [place for _, places in found for place in places.split(", ")]
     assert sorted(named) == sorted(2 * [f"{settings['train_dataset']} line {line}" for line in (4, 18)]), done.stdout
     scalars = scalars_of(tmp_path / "out")
@@ -569,10 +579,12 @@ def test_a_step_that_is_not_finite_is_not_applied_and_its_rows_are_named(
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
-def test_weights_and_optimizer_stay_as_they_are_in_a_step_that_is_not_finite(settings, poisoned, write_jsonl, monkeypatch):
+def test_weights_and_optimizer_stay_as_they_are_in_a_step_that_is_not_finite(
+    settings, poisoned, write_jsonl, monkeypatch
+):
     rows = [{**row, "content": "毳毛"} if index == 3 else row for index, row in enumerate(rows_of(40))]
-    settings = {**settings, "model_name_or_path": poisoned, "train_dataset": write_jsonl("train.jsonl", rows), "epochs": 1,
-                "eval_dataset": None}  # fmt: skip
+    settings = {**settings, "model_name_or_path": poisoned, "train_dataset": write_jsonl("train.jsonl", rows),
+                "epochs": 1, "eval_dataset": None}  # fmt: skip
     original, same = train_bert_rerank.train_step, []
 
     def step(accelerator, wrapped, optimizer, *rest):
@@ -600,7 +612,7 @@ def test_three_bad_steps_in_a_row_end_the_run_and_the_last_good_checkpoint_stand
     for index in order[16:]:
         rows[index]["content"] = "毳毛"
     settings = {**settings, "model_name_or_path": poisoned, "train_dataset": write_jsonl("train.jsonl", rows)}
-    with pytest.raises(UserError, match="three steps in a row were not applied: lower lr 0.001, mend the rows that are named"):
+    with pytest.raises(UserError, match="three steps in a row were not applied: lower lr 0.001, mend the rows"):
         train_bert_rerank.train(settings)
     assert re.findall(r"WARNING !!! step (\d+) is not applied", capsys.readouterr().out) == ["3", "4", "5"]
     [*_, last] = checkpoints_in(tmp_path / "out" / "unfinished_run")
@@ -648,8 +660,8 @@ def test_too_small_a_disk_is_found_out_before_training(settings, small_disk):
     disk = small_disk(40)
     with pytest.raises(UserError) as caught:
         train_bert_rerank.train({**settings, "output_dir": str(disk / "out")})
-    assert re.search(r"^What a run keeps \(3 checkpoints, weights\) needs 7\d\.\d MB, and \S+ has 4\d\.\d MB left: make room\.",
-                     str(caught.value)), caught.value  # fmt: skip
+    said = r"^What a run keeps \(3 checkpoints, weights\) needs 7\d\.\d MB, and \S+ has 4\d\.\d MB left: make room\."
+    assert re.search(said, str(caught.value)), caught.value
 
 
 @pytest.mark.parametrize("is_seen_before", [True, False])
@@ -674,8 +686,8 @@ def test_a_disk_that_fills_up_costs_one_checkpoint_and_the_run_goes_on_when_ther
             patch.setattr(train_bert_rerank.shutil, "disk_usage", lambda path: usage(path)._replace(free=10**12))
         with pytest.raises(UserError) as caught:
             train_bert_rerank.train(settings)
-    wanted = r"checkpoint-00000004 needs (1\d|2\d)\.\d MB, and " if is_seen_before else r"checkpoint-\d+ needs (1\d|2\d)\.\d MB and cannot"
-    assert re.search(wanted, str(caught.value)) and "to go on: " in str(caught.value), caught.value
+    said = r"checkpoint-00000004 needs [12]\d\.\d MB" + (", and " if is_seen_before else " and cannot be written: ")
+    assert re.search(said, str(caught.value)) and "to go on: " in str(caught.value), caught.value
     [left] = checkpoints_in(disk / "out" / "unfinished_run")
     assert left.name == "checkpoint-00000002" and not list((disk / "out").rglob("*.machine*"))
     assert (disk / "out" / "final_model" / "model.safetensors").read_bytes() == earlier

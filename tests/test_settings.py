@@ -417,4 +417,4 @@ def test_an_output_dir_that_cannot_be_made_ends_in_one_message(run_script, write
     done = run_script("--model_name_or_path", TINY, "--train_dataset", write_jsonl("rows.jsonl", rows_of(4)),
                       "--eval_dataset", None, "--output_dir", "file/sub", "--mixed_precision", "no")  # fmt: skip
     assert done.returncode == 2 and "Loading" not in done.stdout
-    assert done.stdout.endswith(f"Error: output_dir file/sub: file is no folder that this run may write to\n")
+    assert done.stdout.endswith("Error: output_dir file/sub: file is no folder that this run may write to\n")
