@@ -1,39 +1,50 @@
 """Kill a run with SIGKILL at random moments, start it again each time, and compare what it ends with with a whole run.
 
-    python benchmarks/soak_kill.py                  # 200 kills, about half an hour
+    python benchmarks/soak_kill.py                  # 200 kills
     python benchmarks/soak_kill.py --kills 5 --seed 1
 
-The run is the command line itself, on tiny_reranker, with a checkpoint after each step. After each kill the newest
-checkpoint is opened; a run that ends is compared bit by bit: weights, pictures, report, predictions, logged scalars."""
+The run is the script's main() on tiny_reranker, in a process that is forked when the imports are done, with a
+checkpoint after each step. After each kill the newest checkpoint is opened; a run that ends is compared bit by bit:
+weights, pictures, report, predictions, logged scalars."""
 
 import argparse
 import hashlib
 import json
+import multiprocessing
+import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train_bert_rerank  # noqa: E402
+
 SETTINGS = {"model_name_or_path": ROOT / "tiny_reranker", "train_dataset": ROOT / "default_train_data.jsonl",
-            "lr": 3e-4, "epochs": 2, "eval_steps": 6, "save_steps": 1, "mixed_precision": "no"}  # fmt: skip
+            "lr": 3e-4, "epochs": 1, "eval_steps": 5, "save_steps": 1, "mixed_precision": "no"}  # fmt: skip
 COMPARED = ("final_model/*", "fine_tuned_model/*", "*.png", "*.jsonl", "eval_report.json")
 
 
-def start(folder, name, **settings):
-    """The script in a process of its own, with what it prints in name.txt."""
+def command_line(name, settings):
+    """The arguments of a run into the folder `name`."""
     settings = {**SETTINGS, "output_dir": name, "eval_dataset": "eval.jsonl", **settings}
-    arguments = [str(text) for key, value in settings.items() for text in (f"--{key}", value)]
-    with open(folder / f"{name}.txt", "ab") as log:
-        return subprocess.Popen([sys.executable, ROOT / "train_bert_rerank.py", *arguments], cwd=folder, stdout=log,
-                                stderr=subprocess.STDOUT)  # fmt: skip
+    return [str(text) for key, value in settings.items() for text in (f"--{key}", value)]
+
+
+def run(folder, name):
+    """In a process of its own: go on with the run `name`, with what it prints in name.txt."""
+    os.chdir(folder)
+    log = os.open(f"{name}.txt", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = ["train_bert_rerank.py", *command_line(name, {"resume_from_checkpoint": "latest"})]
+    train_bert_rerank.main()
 
 
 def printed(folder, name):
@@ -70,25 +81,24 @@ def main():
     draw, moments, ends, unusable, started = random.Random(given.seed), Counter(), 0, 0, time.time()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        rows = (ROOT / "default_eval_data.jsonl").read_text(encoding="utf-8").splitlines()[: 25 * 8]
+        rows = (ROOT / "default_eval_data.jsonl").read_text(encoding="utf-8").splitlines()[: 20 * 8]
         (folder / "eval.jsonl").write_text("\n".join(rows), encoding="utf-8")
+        def start(name):
+            process = multiprocessing.get_context("fork").Process(target=run, args=(folder, name))
+            process.start()
+            return process
+
         before = time.perf_counter()
-        if start(folder, "whole").wait():
-            sys.exit(printed(folder, "whole"))
+        start("whole").join()
         whole, usual, resumed, is_last = bits(folder / "whole"), time.perf_counter() - before, 0, False
         while not is_last:
             output_dir, is_last = folder / f"run{ends}", sum(moments.values()) == given.kills  # the last is left to end
             name = output_dir.name
-            process = start(folder, name, resume_from_checkpoint="latest")
-            is_anywhere = draw.random() < 0.2  # else after the imports, which take most of the time
-            while not is_anywhere and process.poll() is None and "Start training" not in printed(folder, name):
-                time.sleep(0.02)
-            wait = None if is_last else draw.uniform(0, usual if is_anywhere else usual / 3)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(wait)
-            is_killed = process.poll() is None
+            process = start(name)
+            process.join(None if is_last else draw.uniform(0, usual / 2))
+            is_killed = process.is_alive()
             process.kill()
-            process.wait()
+            process.join()
             resumed += "Going on after step" in printed(folder, name)
             if is_killed:
                 moments[moment(folder, output_dir)] += 1
@@ -98,8 +108,8 @@ def main():
                     except Exception as error:
                         unusable += 1
                         print(f"unusable: {checkpoint}: {error}")
-            elif process.returncode or bits(output_dir) != whole:
-                sys.exit(f"{name} ended with status {process.returncode}, or with other bits:\n"
+            elif process.exitcode or bits(output_dir) != whole:
+                sys.exit(f"{name} ended with status {process.exitcode}, or with other bits:\n"
                          f"{printed(folder, name)[-3000:]}")  # fmt: skip
             else:
                 ends += 1
