@@ -268,12 +268,10 @@ class BertRerankerModel(torch.nn.Module):
         [micro_batches] = plan_window(lengths, max_tokens, MICRO_BATCH_COST[self.model.device.type])
         logits = torch.zeros(len(encoded) + 1, device=self.model.device)  # the last: how many processes have a signal
         own = micro_batches[accelerator.process_index :: accelerator.num_processes] if accelerator else micro_batches
-        parts = [logits[:0]]
-        for indices in tqdm(own, desc="Scoring", disable=not show_progress_bar, leave=None):
-            if received_signals:
-                break
-            parts.append(self(self.collate([encoded[index] for index in indices]))["logits"].squeeze(-1))
-        logits[np.concatenate([lengths[:0], *own[: len(parts) - 1]])] = torch.cat(parts)
+        parts = [self(self.collate([encoded[index] for index in indices]))["logits"].squeeze(-1)
+                 for indices in tqdm(own, desc="Scoring", disable=not show_progress_bar, leave=None)
+                 if not received_signals]  # after a signal none
+        logits[np.concatenate([lengths[:0], *own[: len(parts)]])] = torch.cat([logits[:0], *parts])
         logits[-1] = bool(received_signals)
         logits = accelerator.reduce(logits, "sum") if accelerator else logits
         return None if logits[-1] else logits[:-1]
@@ -617,23 +615,23 @@ def evaluate(accelerator, model, dataset, args, max_tokens, step=0, epoch=0, bas
     scores, labels = logits.cpu().double().numpy(), dataset.labels.numpy()
     name = f"Step {step}, epoch {epoch}" if step else args["model_name_or_path"]
     name += f", mixed with {base_interpolation:.0%} of the base" if base_interpolation else ""
-    found, logged = {"metrics": dict.fromkeys(METRICS), "quality": -math.inf}, {}
+    found = {"metrics": dict.fromkeys(METRICS), "quality": -math.inf, "logged": {}}
     ill = "weights or scores are not finite"
     if np.isfinite(scores).all() and all(weight.isfinite().all() for weight in model.parameters()):
         metrics, health = measure(dataset.lists, labels, scores)
         values = metric_values(dataset.metric, dataset.lists[dataset.metric], labels, scores)
-        found = {"metrics": metrics, "values": torch.from_numpy(values), "quality": round(float(values.mean()), 9)}
         numbers = {key: value for key, value in {**metrics, **health}.items() if value is not None}
-        logged = {} if base_interpolation else {f"eval/{key}": value for key, value in numbers.items()}
+        found = {"metrics": metrics, "values": torch.from_numpy(values), "quality": round(float(values.mean()), 9),
+                 "logged": {f"eval/{key}": value for key, value in numbers.items() if not base_interpolation}}
         say(f"{name}: " + ", ".join(f"{key} {numbers[key]:.4f}" for key in (dataset.metric, *health) if key in numbers))
         ill = ("the scores of a query's rows are nearly alike" if health["spread"] < 0.01 else
                "irrelevant rows score higher" * (numbers.get("irrelevant", 0) > numbers.get("relevant", 1)))
     if ill and (step or "values" in found and not model.new_weights):
         causes = f"lr {args['lr']} too high, " * (step > 0) + "labels swapped or constant, wrong min_label or max_label"
         say(f"!!! WARNING !!! {name}: {ill}. Likely causes: {causes}")
-    accelerator.log(logged, step=step)
+    accelerator.log(found["logged"], step=step)
     return {"step": step, "epoch": epoch, "base_interpolation": base_interpolation, "scores": torch.from_numpy(scores),
-            "logged": logged, **found}
+            **found}
 
 
 def host_copy(model):
@@ -680,8 +678,6 @@ def judge(candidates, dataset, args):
     into final_model: it, or the base if it ranks below that on average over 20 or more queries."""
     base, *tuned = candidates
     tuned = [each for each in (tuned if args["load_best_model_at_end"] else tuned[-1:]) if each["quality"] > -math.inf]
-    if not tuned and args["epochs"]:
-        raise UserError(f"training left no finite weights: lower lr {args['lr']}, or mixed_precision no")
     best = max(tuned or [base], key=lambda candidate: candidate["quality"])  # of equals the first: the less mixed
     metric, labels, queries = dataset.metric, dataset.labels.numpy(), len(dataset.lists[dataset.metric])
     is_enough = queries >= 20 and (metric in RANKING or 20 <= (labels >= 0.5).sum() <= len(labels) - 20)
@@ -724,9 +720,8 @@ def noted_signals():
         if received_signals[-1][1] - received_signals[0][1] > 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, note) for number in numbers if is_main_thread}
+    names = ("SIGTERM", "SIGINT", "SIGUSR1") if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, note) for name in names if (number := getattr(signal, name, None))}
     try:
         yield
     finally:
@@ -758,7 +753,7 @@ def save_checkpoint(accelerator, model, optimizer, run_dir, limit, state):
     """Write `state`, of all processes, with trained weights, optimizer and scaler as checkpoint-STEP/state.pt, and the
     best weights so far beside it, unless they are there; then let go of all but the `limit` newest. Random states are
     none of it, since data order and dropout follow from seed, process and step."""
-    row_sums = accelerator.gather(state["row_sums"][None].to(accelerator.device)).cpu()  # [processes, N, 2]
+    row_sums = accelerator.reduce(state["row_sums"].to(accelerator.device), "sum").cpu()
     if not IS_MAIN_PROCESS or not all(weight.isfinite().all() for weight in model.parameters()):
         return
     saved = {**state, "row_sums": row_sums, "best_weights": None, "optimizer": optimizer.state_dict(),
@@ -804,12 +799,9 @@ def restore(accelerator, model, optimizer, state):
     """Put what `state` holds of weights, optimizer and scaler in its place, and log anew what was logged."""
     model.load_state_dict(state.pop("model"), strict=False)
     optimizer.load_state_dict(state.pop("optimizer"))
-    scaler, row_sums = state.pop("scaler"), state["row_sums"]
-    if scaler and accelerator.scaler:
-        accelerator.scaler.load_state_dict(scaler)
-    is_same_number = len(row_sums) == accelerator.num_processes
-    own = row_sums[accelerator.process_index] if is_same_number else row_sums.sum(0) * IS_MAIN_PROCESS
-    state["row_sums"] = own.clone()
+    if state["scaler"] and accelerator.scaler:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    state["row_sums"] = state["row_sums"] * IS_MAIN_PROCESS  # those of all processes, once
     evaluations = {each["step"]: each["logged"] for each in state["candidates"]}
     accelerator.log(evaluations.get(0, {}), step=0)
     for step, _, loss, lr, grad_norm in state["history"]:
@@ -975,7 +967,8 @@ def train_step(accelerator, wrapped, optimizer, dataset, window, epoch, lr, args
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        state["row_sums"][rows] += torch.nn.functional.pad(numbers[3:, None], (0, 1), value=1)
+        # In steps of 2^-30: sums of integers are the same in every order, so over any number of processes.
+        state["row_sums"][rows] += torch.nn.functional.pad(numbers[3:, None] * 2**30, (0, 1), value=1).long()
     optimizer.zero_grad()
     state["step"], state["bad_steps"] = step, 0 if is_good else state["bad_steps"] + 1
     state["overflows"] += is_good and not math.isfinite(grad_norm)
@@ -1007,10 +1000,9 @@ def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, run_dir, a
     save = partial(save_checkpoint, accelerator, model, optimizer, run_dir, args["save_total_limit"], state)
     windows = (each for _ in range(args["epochs"]) for each in epoch_windows(len(train_data), samples_per_step, order))
     windows, candidates, is_due = islice(windows, first, None), state["candidates"], False
-    # After its first backward DDP orders gradients anew; one that weighs nothing lets resumed runs sum them alike.
-    for _ in backpropagate(accelerator, wrapped, train_data, 1, [], []) if processes > 1 else ():
-        pass
-    optimizer.zero_grad()
+    if processes > 1:  # after its first backward DDP orders gradients anew; one of weight 0 lets resumed runs sum alike
+        list(backpropagate(accelerator, wrapped, train_data, 1, [], []))
+        optimizer.zero_grad()
     with noted_signals(), tqdm(desc="Training", total=total_steps, initial=first, disable=not IS_MAIN_PROCESS) as bar:
         for step in range(max(1, first), total_steps + 1):
             epoch, is_stopped = math.ceil(step / steps_per_epoch), False
@@ -1119,7 +1111,7 @@ def write_rows_to_check(path, dataset, row_sums):
     """The training rows whose label the model contradicted on average over the epochs, worst first: mean probability of
     the label less that of the other (AUM, Pleiss et al. 2020; Dataset Cartography, Swayamdipta et al. 2020)."""
     sums, counts = row_sums.T
-    means = sums / np.maximum(counts, 1)
+    means = sums / 2**30 / np.maximum(counts, 1)
     margins = (2 * dataset.labels.numpy() - 1) * (2 * means - 1) * (counts > 0)  # unseen where training stopped early
     chosen = np.argsort(margins, kind="stable")[: (margins < 0).sum()]
     write_rows(path, dataset, chosen, mean_probability=means[chosen])
@@ -1173,15 +1165,13 @@ def describe(args, model, train_rows, eval_rows, data_sha256):
     """What run.json tells of a run, and under "identity" what a resumed run has to share with its checkpoint."""
     name, state = args["model_name_or_path"], PartialState()
     config = json.dumps(model.model.config.to_dict() | {"transformers_version": "", "_name_or_path": ""}, default=str)
-    parts = {"train rows": [train_rows], "eval rows": [eval_rows], "config": [config.encode()],
-             "tokenizer": [model.plain_tokenizer.to_str().encode()],
-             "base weights": [weight.numpy() for weight in model.state_dict().values()]}
-    identity = {"samples of a step": args["batch_size"] * args["gradient_accumulation_steps"] * state.num_processes}
-    for key, arrays in parts.items():
-        digest = hashlib.sha256()
-        for each in arrays:
-            digest.update(each)
-        identity[key] = digest.hexdigest()
+    hashes = {key: hashlib.sha256(part) for key, part in {
+        "train rows": train_rows, "eval rows": eval_rows, "config": config.encode(),
+        "tokenizer": model.plain_tokenizer.to_str().encode(), "base weights": b""}.items()}
+    for weight in model.state_dict().values():
+        hashes["base weights"].update(weight.numpy())
+    identity = {key: digest.hexdigest() for key, digest in hashes.items()}
+    identity["samples of a step"] = args["batch_size"] * args["gradient_accumulation_steps"] * state.num_processes
     cached = not Path(name).is_dir() and try_to_load_from_cache(name, "config.json", revision=args["revision"])
     git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--verify", "HEAD"]
     device = torch.cuda.get_device_name() if state.device.type == "cuda" else state.device
@@ -1219,6 +1209,8 @@ def prepare(args, run_dir, checkpoint):
         say(f"Warning: {message}: no evaluation, and nothing will be claimed about the ranking.")
     elif len(eval_rows) and args["epochs"] and len(eval_data.lists[eval_data.metric]) < 20:
         say(f"Warning: {len(eval_data.lists[eval_data.metric])} eval queries are too few: a verdict takes 20.")
+    model.model.get_input_embeddings().requires_grad_(not args["freeze_embeddings"])
+    trained = [each for each in model.parameters() if each.requires_grad]
     if IS_MAIN_PROCESS and args["epochs"]:
         for stale in {*train_data.cache.parent.glob("?" * 64 + ".*")} - {train_data.cache, eval_data.cache}:
             with suppress(PermissionError):  # Windows keeps what is still mapped
@@ -1228,17 +1220,19 @@ def prepare(args, run_dir, checkpoint):
             if each not in kept and not (kept and each.suffix == ".pt"):
                 remove(each)
         (run_dir / "logs").mkdir(parents=True)
+        count = args["save_total_limit"] + 1 - len(kept)  # at most, just before an old checkpoint goes
+        require_space(run_dir, sum(each.nbytes for each in trained) * (4 * count + 2),
+                      f"What a run keeps ({count} checkpoints, weights)")
     accelerator = Accelerator(cpu=state.device.type == "cpu", mixed_precision=facts["precision"],
                               log_with=args["log_with"] if args["epochs"] else None, project_dir=run_dir / "logs",
                               kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])  # constants
     accelerator.init_trackers("train_bert_rerank", args if args["log_with"] == "wandb" else None,  # no lists
                               {"wandb": {"dir": str(run_dir / "logs")}})
-    model.model.get_input_embeddings().requires_grad_(not args["freeze_embeddings"])
     if args["gradient_checkpointing"]:
         name_of_4 = model.model.gradient_checkpointing_enable  # transformers 5.2x deprecates it
         getattr(model.model, "activation_checkpointing_enable", name_of_4)({"use_reentrant": False})
-    groups = [{"params": [each for each in model.parameters() if each.requires_grad and (each.ndim > 1) == decay],
-               "weight_decay": decay * args["weight_decay"]} for decay in (True, False)]  # biases, LayerNorm: False
+    groups = [{"params": [each for each in trained if (each.ndim > 1) == decay],  # biases, LayerNorm: False
+               "weight_decay": decay * args["weight_decay"]} for decay in (True, False)]
     optimizer = torch.optim.AdamW(groups, args["lr"], (0.9, 0.999), 1e-8, fused=True)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     is_same_bound = saved and all(saved["args"][key] == args[key] for key in ("micro_batch_tokens", "batch_size"))
@@ -1248,17 +1242,13 @@ def prepare(args, run_dir, checkpoint):
     elif max_tokens == "auto" and args["epochs"]:
         max_tokens = largest_micro_batch(accelerator, wrapped, train_data, facts["identity"]["samples of a step"])
     facts["micro_batch_tokens"] = max_tokens = 32 * args["max_len"] if max_tokens == "auto" else max_tokens
-    trained = sum(each.nbytes for each in model.parameters() if each.requires_grad)
-    if IS_MAIN_PROCESS and args["epochs"]:  # at most, just before an old checkpoint goes
-        count = args["save_total_limit"] + 1 - len(checkpoints_in(run_dir))
-        require_space(run_dir, trained * (4 * count + 2), f"What a run keeps ({count} checkpoints, weights)")
     say(f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} M parameters, device {accelerator.device}, "
         f"precision {facts['precision'].replace('no', 'fp32')}, processes: {state.num_processes}, "
         f"micro-batches of {max_tokens} tokens")
     fresh = {"step": 0, "best_step": 0, "best_weights": None, "bad_steps": 0, "overflows": 0, "history": [],
-             "candidates": [], "row_sums": torch.zeros(len(train_data), 2), "max_tokens": max_tokens}
+             "candidates": [], "row_sums": torch.zeros(len(train_data), 2, dtype=torch.long)}
     state = {**(saved or fresh), "args": args, "facts": facts}
-    state["max_tokens"] = state["max_tokens"] if is_same_bound else max_tokens
+    state["max_tokens"] = saved["max_tokens"] if is_same_bound else max_tokens
     return accelerator, wrapped, optimizer, train_data, eval_data if eval_data.metric else None, state
 
 
@@ -1267,9 +1257,6 @@ def train(args):
     what run.json holds (not with 0 epochs) and, as "report", what eval_report.json holds (None without evaluation)."""
     args = check_settings(args)
     say(f"Training Args: {args}")
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # its processes must all do the same forwards: they would hang
-        raise UserError("accelerate's configuration asks for FSDP, which this script cannot use: launch with torchrun, "
-                        "or with --multi_gpu, which overrides it; what saves memory: docs/scaling.md", exit_status=2)
     seed_everything(args["seed"])
     AcceleratorState._reset_state(reset_partial_state=True)  # so that train() can be called again, as in a notebook
     # Unless told, accelerate overlooks the other CPU processes. A day: others wait while one tokenises or saves.
@@ -1311,7 +1298,7 @@ def train(args):
         accelerator.log({**numbers, "eval/delta": report["delta"]["mean"] or 0.0}, step=state["step"])
     if weights:
         set_weights(model, *weights, best["base_interpolation"])
-    if not all(weight.isfinite().all() for weight in model.parameters()):
+    if report and best is base or not all(weight.isfinite().all() for weight in model.parameters()):
         raise UserError(f"training left no finite weights: lower lr {args['lr']}, or mixed_precision no")
     if IS_MAIN_PROCESS:
         size = sum(weight.nbytes for weight in model.parameters()) * (1 + (report is not None and after is base))
@@ -1391,6 +1378,9 @@ def check_settings(args):
         raise UserError("query_format and document_format should each hold {} once, where the text goes", exit_status=2)
     if args["resume_from_checkpoint"] and args["overwrite_output_dir"]:
         raise UserError("resume_from_checkpoint goes on and overwrite_output_dir starts over: set one of them", 2)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # its processes must all do the same forwards: they would hang
+        raise UserError("accelerate's configuration asks for FSDP, which this script cannot use: launch with torchrun, "
+                        "or with --multi_gpu, which overrides it; what saves memory: docs/scaling.md", exit_status=2)
     for package in filter(None, ("matplotlib", args["log_with"])):
         if not getattr(importlib.util.find_spec(package), "origin", None):
             raise UserError(f"the package {package} is missing: pip install {package}", exit_status=2)
