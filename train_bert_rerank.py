@@ -34,7 +34,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, release_memory, set_seed
 from huggingface_hub import HfApi, errors, try_to_load_from_cache
-from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
@@ -431,24 +430,20 @@ class RerankDataset:
                       args["max_len"], "format 1")).encode()  # of this file and of what encode() makes
         self.cache = Path(args["output_dir"], "cache", f"{hashlib.sha256(rows.tobytes() + facts).hexdigest()}.tokens")
         if not self.cache.exists():
-            self.tokenize(model, name)
+            columns = np.zeros((3, len(rows) + 1), dtype=np.int32)  # one more: an empty file could not be mapped
+            encoded = tqdm(model.encode(self.pairs(), args["max_len"]), f"Tokenizing {name} data", len(rows),
+                           disable=not (IS_MAIN_PROCESS and len(rows)))
+            with whole_file(self.cache) as file:
+                for number, (ids, boundary, cut) in enumerate(encoded):
+                    columns[:, number] = len(ids), boundary, cut
+                    file.write(ids)
+                file.write(columns)
         self.tokens = np.asarray(np.memmap(self.cache, np.int32, "r"))
         self.lengths, self.boundaries, cut = self.tokens[-3 * len(rows) - 3 :].reshape(3, -1)[:, :-1]
         self.ends = np.cumsum(self.lengths, dtype=np.int64)
         if cut.any():
             say(f"Warning: max_len truncates {(cut > 0).sum()} {name} pairs ({(cut > 0).mean():.2%}), "
                 f"in {(cut > 1).sum()} the query too.")
-
-    def tokenize(self, model, name):
-        """Write `cache`."""
-        columns = np.zeros((3, len(self) + 1), dtype=np.int32)  # one more: an empty file could not be mapped
-        encoded = tqdm(model.encode(self.pairs(), self.args["max_len"]), f"Tokenizing {name} data", len(self),
-                       disable=not (IS_MAIN_PROCESS and len(self)))
-        with whole_file(self.cache) as file:
-            for number, (ids, boundary, cut) in enumerate(encoded):
-                columns[:, number] = len(ids), boundary, cut
-                file.write(ids)
-            file.write(columns)
 
     def pairs(self, chosen=slice(None)):
         """Yield the texts (query, content) of the rows `chosen` (ascending), read anew; UserError if they changed."""
@@ -760,12 +755,12 @@ def save_checkpoint(accelerator, model, optimizer, run_dir, limit, state):
              "model": {name: each.detach() for name, each in model.named_parameters() if each.requires_grad},
              "scaler": accelerator.scaler and accelerator.scaler.state_dict()}
     folder, best = run_dir / f"checkpoint-{state['step']:08}", run_dir / f"best_weights-{state['best_step']:08}.pt"
-    new = [(best, state["best_weights"]), (folder / "state.pt", saved)]
-    new = [(path, content) for path, content in new if content and not path.exists()]
-    size = sum(leaf.nbytes for leaf in tree_leaves(new) if torch.is_tensor(leaf))
+    new = {best: state["best_weights"], folder / "state.pt": saved}
+    new = {path: content for path, content in new.items() if content and not path.exists()}
+    size = sum(weight.nbytes for weight in saved["model"].values()) * (3 + (best in new))  # AdamW's state is two more
     require_space(run_dir, size, folder.name)
     try:
-        for path, content in new:
+        for path, content in new.items():
             with whole_file(path) as file:
                 torch.save(content, file)
     except (OSError, RuntimeError) as error:  # the second is torch's where the disk is full
@@ -989,8 +984,7 @@ def train_step(accelerator, wrapped, optimizer, dataset, window, epoch, lr, args
 def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, run_dir, args, state):
     """Train on from `state`, which is kept up to date; evaluate at each epoch's end or every `eval_steps`, then
     mixtures of the best weights with the base's. Returns (best, base weights) in host memory; None: the last count."""
-    model, processes = accelerator.unwrap_model(wrapped), accelerator.num_processes
-    samples_per_step = args["batch_size"] * args["gradient_accumulation_steps"] * processes
+    model, samples_per_step = accelerator.unwrap_model(wrapped), state["facts"]["identity"]["samples of a step"]
     steps_per_epoch = math.ceil(len(train_data) / samples_per_step)
     total_steps, due = args["epochs"] * steps_per_epoch, args["eval_steps"] or steps_per_epoch
     base_weights = host_copy(model) if eval_data and args["load_best_model_at_end"] else None
@@ -1000,7 +994,7 @@ def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, run_dir, a
     save = partial(save_checkpoint, accelerator, model, optimizer, run_dir, args["save_total_limit"], state)
     windows = (each for _ in range(args["epochs"]) for each in epoch_windows(len(train_data), samples_per_step, order))
     windows, candidates, is_due = islice(windows, first, None), state["candidates"], False
-    if processes > 1:  # after its first backward DDP orders gradients anew; one of weight 0 lets resumed runs sum alike
+    if accelerator.num_processes > 1:  # DDP orders its sums anew after a first backward: let that weigh nothing
         list(backpropagate(accelerator, wrapped, train_data, 1, [], []))
         optimizer.zero_grad()
     with noted_signals(), tqdm(desc="Training", total=total_steps, initial=first, disable=not IS_MAIN_PROCESS) as bar:
@@ -1263,8 +1257,7 @@ def train(args):
     PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
     output_dir = Path(args["output_dir"])
     run_dir = output_dir / ("unfinished_run" if args["epochs"] else "evaluation")
-    checkpoint = find_checkpoint(args, output_dir, run_dir) if IS_MAIN_PROCESS else None
-    checkpoint = gather_object([checkpoint])[0]  # the main process decides
+    [checkpoint, *_] = gather_object([find_checkpoint(args, output_dir, run_dir) if IS_MAIN_PROCESS else None])
     if checkpoint == output_dir / "run.json":
         say(f"This run has ended, and {output_dir} holds its results. Without --resume_from_checkpoint it starts anew.")
         report = output_dir / "eval_report.json"
@@ -1455,8 +1448,7 @@ def main():
     except RuntimeError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "by peer" not in str(error):
             raise
-        print(f"Error: another process of this run has ended: {error}\n{CHOICES}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(f"Error: another process of this run has ended: {error}\n{CHOICES}")
     except KeyboardInterrupt:
         print(f"Interrupted outside of training.\n{CHOICES}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
