@@ -250,8 +250,7 @@ class BertRerankerModel(torch.nn.Module):
     def forward(self, batch, labels=None):
         """Return {"logits": [B, 1], "loss": mean BCE with logits against `labels` [B] in [0, 1], or None}."""
         device, is_cuda = self.model.device, self.model.device.type == "cuda"
-        def move(tensor):
-            """To a GPU from pinned memory, without waiting: it computes while the next batch is made."""
+        def move(tensor):  # from pinned memory, without waiting: the GPU computes while the next batch is made
             return (tensor.pin_memory() if is_cuda and not tensor.is_cuda else tensor).to(device, non_blocking=is_cuda)
         logits = self.model(**{name: move(tensor) for name, tensor in batch.items()}).logits.float()
         loss = None if labels is None else torch.nn.BCEWithLogitsLoss()(logits.squeeze(-1), move(labels).to(logits))
@@ -259,9 +258,8 @@ class BertRerankerModel(torch.nn.Module):
 
     @torch.inference_mode()
     def score(self, encoded, max_tokens, show_progress_bar=None, accelerator=None):
-        """Logits [N] in fp32 of N encoded pairs, in micro-batches of at most `max_tokens` padded tokens. The processes
-        of an `accelerator` share them out, whole, so that their number changes no score; all get all logits, or None
-        where any of them has a signal to act on."""
+        """Logits [N] in fp32 of N encoded pairs, in micro-batches of at most `max_tokens` padded tokens. Processes of
+        an `accelerator` share them out, whole: their number changes no score. All get all; None: one has a signal."""
         self.eval()
         lengths = np.array([len(ids) for ids, *_ in encoded], dtype=np.int64)
         [micro_batches] = plan_window(lengths, max_tokens, MICRO_BATCH_COST[self.model.device.type])
@@ -602,8 +600,8 @@ def measure(lists, labels, scores):
 def evaluate(accelerator, model, dataset, args, max_tokens, step=0, epoch=0, base_interpolation=0.0):
     """Score `dataset`, say and log what came out, warn where it looks ill. Returns a candidate: {"step", "epoch",
     "base_interpolation", "scores": logits [N], "metrics", "values" [V] and "quality", their mean rounded lest noise
-    decides, of dataset.metric, "logged": scalars}; where weights or scores are not finite, metrics are None and the
-    quality is -inf. Returns None where a signal cut it short."""
+    decides, of dataset.metric, "logged": scalars}; where weights or scores are not finite, metrics are None and quality
+    -inf, which is a UserError at step 0. None where a signal cut it short."""
     logits = model.score(dataset, max_tokens, IS_MAIN_PROCESS, accelerator)
     if logits is None:
         return None
@@ -621,7 +619,9 @@ def evaluate(accelerator, model, dataset, args, max_tokens, step=0, epoch=0, bas
         say(f"{name}: " + ", ".join(f"{key} {numbers[key]:.4f}" for key in (dataset.metric, *health) if key in numbers))
         ill = ("the scores of a query's rows are nearly alike" if health["spread"] < 0.01 else
                "irrelevant rows score higher" * (numbers.get("irrelevant", 0) > numbers.get("relevant", 1)))
-    if ill and (step or "values" in found and not model.new_weights):
+    elif not step:
+        raise UserError(f"{name} gives no finite scores: mend it, or try --mixed_precision no")
+    if ill and (step or not model.new_weights):
         causes = f"lr {args['lr']} too high, " * (step > 0) + "labels swapped or constant, wrong min_label or max_label"
         say(f"!!! WARNING !!! {name}: {ill}. Likely causes: {causes}")
     accelerator.log(found["logged"], step=step)
@@ -804,8 +804,8 @@ def restore(accelerator, model, optimizer, state):
         accelerator.log({**scalars, **evaluations.get(step, {})}, step=step)
 
 
-def publish(output_dir, run_dir):
-    """Move the results of a complete run, one with a run.json, up into `output_dir`, in the place of an earlier one's.
+def publish(run_dir):
+    """Move the results of a complete run, one with a run.json, up into output_dir, in the place of an earlier one's.
     Cut off anywhere, the next call goes on with it: run.json comes last."""
     if (run_dir / "run.json").exists():
         for each in run_dir.iterdir():
@@ -813,7 +813,7 @@ def publish(output_dir, run_dir):
                 remove(each)
         written = json.loads((run_dir / "run.json").read_text("utf-8"))["results"]
         for name in RESULTS:
-            new, old = run_dir / name, output_dir / name
+            new, old = run_dir / name, run_dir.parent / name
             if os.path.lexists(old) and (new.exists() or name not in written):
                 say(f"{old}, of an earlier run, is {'replaced' if new.exists() else 'removed'}.")
                 remove(old)
@@ -823,15 +823,16 @@ def publish(output_dir, run_dir):
         run_dir.rmdir()
 
 
-def find_checkpoint(args, output_dir, run_dir):
+def find_checkpoint(args, run_dir):
     """The checkpoint to go on from; None to start afresh; the run.json of a run that is asked for again but has ended.
     UserError where a run could not write, or something would be lost."""
+    output_dir = run_dir.parent
     existing = next(each for each in (output_dir, *output_dir.parents) if each.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         raise UserError(f"output_dir {output_dir}: {existing} is no folder that this run may write to", exit_status=2)
     if not args["epochs"]:
         return None
-    publish(output_dir, run_dir)
+    publish(run_dir)
     ended, checkpoints, wanted = output_dir / "run.json", checkpoints_in(run_dir), args["resume_from_checkpoint"]
     if not ended.exists() and any((output_dir / name).exists() for name in RESULTS):
         raise UserError(f"{output_dir} holds a model or logs that no run left there: take another output_dir", 2)
@@ -894,8 +895,7 @@ def backpropagate(accelerator, model, dataset, window_size, micro_batches, resul
 def train_window(accelerator, model, dataset, window, max_tokens, seed):
     """Backpropagate a `window` (row numbers) in micro-batches of at most `max_tokens` padded tokens, dropping out as
     `seed` says. Where any process runs out of memory, all halve the bound and do the window again, but not where they
-    wait for each other already. Returns [the loss, how many processes received a signal], this process's rows, their
-    probabilities, and the bound in force."""
+    wait for each other already. Returns [loss, processes with a signal]; own rows, their probabilities; the bound."""
     device, processes, lengths = accelerator.device, accelerator.num_processes, dataset.lengths[window]
     while True:
         torch.manual_seed(seed)
@@ -1179,9 +1179,8 @@ def describe(args, model, train_rows, eval_rows, data_sha256):
 
 
 def prepare(args, run_dir, checkpoint):
-    """What comes before the first evaluation: the accelerator, the model wrapped for it, the optimizer, the train data,
-    the eval data (None: nothing can be measured), and the state to train on from, that of the `checkpoint` if there
-    is one."""
+    """What comes before the first evaluation: the accelerator, the model wrapped for it, optimizer, train data, eval
+    data (None: nothing can be measured), and the state to train on from, that of the `checkpoint` if there is one."""
     state, gpus = PartialState(), torch.cuda.device_count()
     if gpus > state.num_processes == 1:
         say(f"Using 1 GPU of {gpus}; all: accelerate launch --num_processes {gpus} {subprocess.list2cmdline(sys.argv)}")
@@ -1255,12 +1254,11 @@ def train(args):
     AcceleratorState._reset_state(reset_partial_state=True)  # so that train() can be called again, as in a notebook
     # Unless told, accelerate overlooks the other CPU processes. A day: others wait while one tokenises or saves.
     PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
-    output_dir = Path(args["output_dir"])
-    run_dir = output_dir / ("unfinished_run" if args["epochs"] else "evaluation")
-    [checkpoint, *_] = gather_object([find_checkpoint(args, output_dir, run_dir) if IS_MAIN_PROCESS else None])
-    if checkpoint == output_dir / "run.json":
-        say(f"This run has ended, and {output_dir} holds its results. Without --resume_from_checkpoint it starts anew.")
-        report = output_dir / "eval_report.json"
+    run_dir = Path(args["output_dir"], "unfinished_run" if args["epochs"] else "evaluation")
+    [checkpoint, *_] = gather_object([find_checkpoint(args, run_dir) if IS_MAIN_PROCESS else None])
+    if checkpoint and checkpoint.name == "run.json":
+        say(f"This run has ended, and {run_dir.parent} holds its results; --resume_from_checkpoint None starts anew.")
+        report = checkpoint.with_name("eval_report.json")
         report = json.loads(report.read_text("utf-8")) if report.exists() else None
         return {**json.loads(checkpoint.read_text("utf-8")), "report": report}
     clock = [time.perf_counter()]
@@ -1269,8 +1267,6 @@ def train(args):
     if eval_data and not state["step"]:
         state["candidates"] = [evaluate(accelerator, model, eval_data, args, max_tokens)]
     base = eval_data and state["candidates"][0]
-    if base and base["quality"] == -math.inf:
-        raise UserError(f"{args['model_name_or_path']} gives no finite scores: mend it, or try --mixed_precision no")
     if not args["epochs"]:
         report, *_ = judge([base], eval_data, args)
         if IS_MAIN_PROCESS:
@@ -1319,7 +1315,7 @@ def train(args):
         flush_to_disk(*run_dir.rglob("*"), run_dir)
         with whole_file(run_dir / "run.json") as file:  # from here on the run is complete
             file.write(json.dumps(run, indent=2, ensure_ascii=False).encode())
-        publish(output_dir, run_dir)
+        publish(run_dir)
     if report:
         say_verdict(report, args)
     return {**run, "report": report}
