@@ -790,20 +790,6 @@ def load_checkpoint(folder, args, facts):
     return saved
 
 
-def restore(accelerator, model, optimizer, state):
-    """Put what `state` holds of weights, optimizer and scaler in its place, and log anew what was logged."""
-    model.load_state_dict(state.pop("model"), strict=False)
-    optimizer.load_state_dict(state.pop("optimizer"))
-    if state["scaler"] and accelerator.scaler:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    state["row_sums"] = state["row_sums"] * IS_MAIN_PROCESS  # those of all processes, once
-    evaluations = {each["step"]: each["logged"] for each in state["candidates"]}
-    accelerator.log(evaluations.get(0, {}), step=0)
-    for step, _, loss, lr, grad_norm in state["history"]:
-        scalars = {"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}
-        accelerator.log({**scalars, **evaluations.get(step, {})}, step=step)
-
-
 def publish(run_dir):
     """Move the results of a complete run, one with a run.json, up into output_dir, in the place of an earlier one's.
     Cut off anywhere, the next call goes on with it: run.json comes last."""
@@ -897,6 +883,7 @@ def train_window(accelerator, model, dataset, window, max_tokens, seed):
     `seed` says. Where any process runs out of memory, all halve the bound and do the window again, but not where they
     wait for each other already. Returns [loss, processes with a signal]; own rows, their probabilities; the bound."""
     device, processes, lengths = accelerator.device, accelerator.num_processes, dataset.lengths[window]
+    model.train()
     while True:
         torch.manual_seed(seed)
         plan = plan_window(lengths, max_tokens, MICRO_BATCH_COST[device.type], processes)[accelerator.process_index]
@@ -933,7 +920,6 @@ def largest_micro_batch(accelerator, wrapped, dataset, samples):
     spare = torch.empty(8 * trained + torch.cuda.mem_get_info()[1] // 10, dtype=torch.uint8, device=accelerator.device)
     window = np.full(samples, dataset.lengths.argmax())
     max_tokens = 1 << int(math.ceil(samples / accelerator.num_processes) * dataset.lengths.max() - 1).bit_length()
-    wrapped.train()
     *_, max_tokens = train_window(accelerator, wrapped, dataset, window, max_tokens, seed=0)  # halves it until it fits
     del spare
     wrapped.zero_grad()
@@ -948,7 +934,6 @@ def train_step(accelerator, wrapped, optimizer, dataset, window, epoch, lr, args
     scaler's business, which finds its scale by overflowing."""
     step, bound = state["step"] + 1, state["max_tokens"]
     seed = np.random.SeedSequence([args["seed"], accelerator.process_index, step]).generate_state(1).item()
-    wrapped.train()
     totals, rows, probabilities, state["max_tokens"] = train_window(
         accelerator, wrapped, dataset, window, bound, seed)  # each process drops out on its own
     if state["max_tokens"] < bound:
@@ -989,8 +974,17 @@ def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, run_dir, a
     total_steps, due = args["epochs"] * steps_per_epoch, args["eval_steps"] or steps_per_epoch
     base_weights = host_copy(model) if eval_data and args["load_best_model_at_end"] else None
     first, seen, seconds, order = state["step"], 0, 0.0, torch.Generator().manual_seed(args["seed"])
-    if first:
-        restore(accelerator, model, optimizer, state)
+    if first:  # on from a checkpoint, with all that was logged
+        model.load_state_dict(state.pop("model"), strict=False)
+        optimizer.load_state_dict(state.pop("optimizer"))
+        if state["scaler"] and accelerator.scaler:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        state["row_sums"] = state["row_sums"] * IS_MAIN_PROCESS  # those of all processes, once
+        evaluations = {each["step"]: each["logged"] for each in state["candidates"]}
+        accelerator.log(evaluations.get(0, {}), step=0)
+        for step, _, loss, lr, grad_norm in state["history"]:
+            scalars = {"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}
+            accelerator.log({**scalars, **evaluations.get(step, {})}, step=step)
     save = partial(save_checkpoint, accelerator, model, optimizer, run_dir, args["save_total_limit"], state)
     windows = (each for _ in range(args["epochs"]) for each in epoch_windows(len(train_data), samples_per_step, order))
     windows, candidates, is_due = islice(windows, first, None), state["candidates"], False
@@ -1368,8 +1362,8 @@ def check_settings(args):
     if args["resume_from_checkpoint"] and args["overwrite_output_dir"]:
         raise UserError("resume_from_checkpoint goes on and overwrite_output_dir starts over: set one of them", 2)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # its processes must all do the same forwards: they would hang
-        raise UserError("accelerate's configuration asks for FSDP, which this script cannot use: launch with torchrun, "
-                        "or with --multi_gpu, which overrides it; what saves memory: docs/scaling.md", exit_status=2)
+        raise UserError("accelerate asks for FSDP, which this script cannot use: launch with torchrun, or --multi_gpu, "
+                        "which overrides it; what saves memory: docs/scaling.md", exit_status=2)
     for package in filter(None, ("matplotlib", args["log_with"])):
         if not getattr(importlib.util.find_spec(package), "origin", None):
             raise UserError(f"the package {package} is missing: pip install {package}", exit_status=2)

@@ -350,7 +350,7 @@ def test_a_write_that_was_cut_off_is_never_used_and_leaves_nothing(tokens, reran
     monkeypatch.setattr(train_bert_rerank.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space left"):
         tokens(rows_of(5))
-    assert list((tmp_path / "out" / "cache").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     assert tokens(rows_of(5))[1] == 5
 
