@@ -600,8 +600,8 @@ def measure(lists, labels, scores):
 def evaluate(accelerator, model, dataset, args, max_tokens, step=0, epoch=0, base_interpolation=0.0):
     """Score `dataset`, say and log what came out, warn where it looks ill. Returns a candidate: {"step", "epoch",
     "base_interpolation", "scores": logits [N], "metrics", "values" [V] and "quality", their mean rounded lest noise
-    decides, of dataset.metric, "logged": scalars}; where weights or scores are not finite, metrics are None and quality
-    -inf, which is a UserError at step 0. None where a signal cut it short."""
+    decides, of dataset.metric, "logged": scalars}; None where a signal cut it short. Where weights or scores are not
+    finite, metrics are None and quality is -inf, but at step 0 that is a UserError."""
     logits = model.score(dataset, max_tokens, IS_MAIN_PROCESS, accelerator)
     if logits is None:
         return None
@@ -799,7 +799,7 @@ def publish(run_dir):
                 remove(each)
         written = json.loads((run_dir / "run.json").read_text("utf-8"))["results"]
         for name in RESULTS:
-            new, old = run_dir / name, run_dir.parent / name
+            new, old = run_dir / name, run_dir.with_name(name)
             if os.path.lexists(old) and (new.exists() or name not in written):
                 say(f"{old}, of an earlier run, is {'replaced' if new.exists() else 'removed'}.")
                 remove(old)
@@ -812,16 +812,15 @@ def publish(run_dir):
 def find_checkpoint(args, run_dir):
     """The checkpoint to go on from; None to start afresh; the run.json of a run that is asked for again but has ended.
     UserError where a run could not write, or something would be lost."""
-    output_dir = run_dir.parent
-    existing = next(each for each in (output_dir, *output_dir.parents) if each.exists())
+    existing = next(each for each in run_dir.parents if each.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        raise UserError(f"output_dir {output_dir}: {existing} is no folder that this run may write to", exit_status=2)
+        raise UserError(f"output_dir {run_dir.parent}: {existing} is no folder that this run may write to", 2)
     if not args["epochs"]:
         return None
     publish(run_dir)
-    ended, checkpoints, wanted = output_dir / "run.json", checkpoints_in(run_dir), args["resume_from_checkpoint"]
-    if not ended.exists() and any((output_dir / name).exists() for name in RESULTS):
-        raise UserError(f"{output_dir} holds a model or logs that no run left there: take another output_dir", 2)
+    ended, checkpoints, wanted = run_dir.with_name("run.json"), checkpoints_in(run_dir), args["resume_from_checkpoint"]
+    if not ended.exists() and any(run_dir.with_name(name).exists() for name in RESULTS):
+        raise UserError(f"{run_dir.parent} holds a model or logs that no run left there: take another output_dir", 2)
     if wanted == "latest":
         settings = {key: value for key, value in args.items() if key not in NEUTRAL}
         if checkpoints or ended.exists() and not differences(json.loads(ended.read_text("utf-8"))["args"], settings):
@@ -1026,6 +1025,8 @@ def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, run_dir, a
                 say(f"No better evaluation since step {state['best_step']}: stopping early.")
                 bar.total = step  # nothing is left to do
                 break
+    if state["overflows"]:
+        say(f"{state['overflows']} steps were left out by the fp16 scaler, as is usual while it finds its scale.")
     for mix in args["base_interpolation"] if base_weights and not model.new_weights else ():
         set_weights(model, state["best_weights"], base_weights, mix)
         step, epoch = state["best_step"], math.ceil(state["best_step"] / steps_per_epoch)
@@ -1273,8 +1274,6 @@ def train(args):
     weights = fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, run_dir, args, state)
     clock.append(time.perf_counter())
     say("Training finished! Saving model ...")
-    if state["overflows"]:
-        say(f"{state['overflows']} steps were left out by the fp16 scaler, as is usual while it finds its scale.")
     report, best, after = judge(state["candidates"], eval_data, args) if eval_data else (None,) * 3
     if report:
         numbers = {f"eval/after/{key}": value for key, value in after["metrics"].items() if value is not None}
