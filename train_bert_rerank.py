@@ -716,13 +716,16 @@ def noted_signals():
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
     names = ("SIGTERM", "SIGINT", "SIGUSR1") if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, note) for name in names if (number := getattr(signal, name, None))}
+    before = {number: signal.signal(number, note) for name in names if (number := getattr(signal, name, None))
+              and signal.getsignal(number) != signal.SIG_IGN}  # as nohup and a script's & have it
     try:
         yield
     finally:
-        received_signals.clear()
+        late, received_signals[:] = received_signals[:1], []
         for number, handler in before.items():
             signal.signal(number, handler)
+    for number, _ in late:  # after the last step, where nothing looks any more
+        signal.raise_signal(number)
 
 
 def checkpoints_in(run_dir):
@@ -1040,7 +1043,7 @@ def draw_loss_curve(history, report, path):
     from matplotlib.figure import Figure
     steps, epochs, losses, rates, _ = np.transpose(history)
     half = math.ceil(len(steps) / 40)
-    smooth = [losses[max(0, index - half) : index + half + 1].mean() for index in range(len(losses))]
+    smooth = [np.nanmean(losses[max(0, index - half) : index + half + 1]) for index in range(len(losses))]
     ends = np.flatnonzero(np.diff(epochs)) + 1.5
     figure = Figure(figsize=(9, 7.5 if report else 4.5), dpi=120, layout="constrained")
     axes, *below = figure.subplots(2 if report else 1, sharex=True, squeeze=False)[:, 0]
@@ -1425,6 +1428,8 @@ def main():
         "mixed_precision": "bf16",  # "bf16" | "fp16" | "no": of the computation; the weights stay fp32
         "log_with": "tensorboard",  # "tensorboard" | "wandb" | None: where train/loss, train/lr, train/grad_norm go
     }
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside of training Ctrl-C ends a run at once, with no traceback
     logging.set_verbosity_error()  # transformers prints names out of a checkpoint unescaped; the run tells what matters
     sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must not end a run
     try:
@@ -1438,9 +1443,6 @@ def main():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "by peer" not in str(error):
             raise
         sys.exit(f"Error: another process of this run has ended: {error}\n{CHOICES}")
-    except KeyboardInterrupt:
-        print(f"Interrupted outside of training.\n{CHOICES}", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def test_a_signal_cuts_an_evaluation_short_and_the_next_run_does_it_again(settin
 
 
 def test_outside_of_training_a_signal_ends_the_run_at_once(settings, tmp_path):
-    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, -15)):
+    for number, status in ((signal.SIGINT, -2), (signal.SIGTERM, -15)):
         assert Process(settings).wait_for("Training Args").send(number).end()[0] == status
         assert not (tmp_path / "out" / "unfinished_run").exists()
 
