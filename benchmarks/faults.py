@@ -188,7 +188,7 @@ def main():
             name = f"run{number}"
             status = fault(folder, name)
             said = printed(folder, name)
-            telling = r"^(?:Error: |Stopped by |This run has|No checkpoint|Verdict|!!! WARNING !!! step)[^\n]*(?:\n  \w.*)?"
+            telling = r"^(?:Error: |Stopped by |This run has|No checkpoint|Verdict|!!! WARNING !!! step).*(?:\n  \w.*)?"
             kept = re.findall(telling, said, re.M)
             assert not re.search(r'train_bert_rerank\.py", line', said) and not (folder / "code was run").exists(), said
             left = ", ".join(each.parent.name.removeprefix("checkpoint-").lstrip("0") for each in

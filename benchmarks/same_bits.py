@@ -55,9 +55,8 @@ def main():
             left_out = re.search(r"(\d+) steps were left out", printed(folder, "stopped"))
         same = [{True: "the same bits", False: "OTHER BITS"}[whole == other] for other in (again, stopped)]
         are_same &= whole == again == stopped
-        device, torch = run["hardware"].rpartition(", ")[2], run["versions"]["torch"]
-        print(f"| {run['precision']} | {device}, torch {torch}, processes: {run['processes']} | {same[0]} | {same[1]} | "
-              f"{left_out[1] if left_out else 0} |", flush=True)  # fmt: skip
+        where = f"{run['hardware'].rpartition(', ')[2]}, torch {run['versions']['torch']}, {run['processes']} process(es)"
+        print(f"| {run['precision']} | {where} | {same[0]} | {same[1]} | {left_out[1] if left_out else 0} |", flush=True)
     sys.exit(not are_same)
 
 
