@@ -55,8 +55,9 @@ def main():
             left_out = re.search(r"(\d+) steps were left out", printed(folder, "stopped"))
         same = [{True: "the same bits", False: "OTHER BITS"}[whole == other] for other in (again, stopped)]
         are_same &= whole == again == stopped
-        where = f"{run['hardware'].rpartition(', ')[2]}, torch {run['versions']['torch']}, {run['processes']} process(es)"
-        print(f"| {run['precision']} | {where} | {same[0]} | {same[1]} | {left_out[1] if left_out else 0} |", flush=True)
+        device, left_out = run["hardware"].rpartition(", ")[2], left_out[1] if left_out else 0
+        where = f"{device}, torch {run['versions']['torch']}, processes: {run['processes']}"
+        print(f"| {run['precision']} | {where} | {same[0]} | {same[1]} | {left_out} |", flush=True)
     sys.exit(not are_same)
 
 
