@@ -332,7 +332,7 @@ def read_rows(path, min_label, max_label, digest=None):
     bad, bad_count = "", 0
     try:
         if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError("no regular file")  # a FIFO would be waited for
+            raise OSError("no regular file: save it as one")  # a FIFO would be waited for
         with open(path, "rb") as raw, tqdm(desc="Loading data", total=os.path.getsize(path), unit="B", unit_scale=True,
                                            disable=not (digest and IS_MAIN_PROCESS)) as bar:
             is_gzip = raw.peek(2)[:2] == b"\x1f\x8b"
@@ -743,8 +743,8 @@ def require_space(folder, needed, what):
     """UserError unless the disk of `folder` has `needed` bytes left."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"{what} needs {needed / 1e6:,.1f} MB, and {folder} has {free / 1e6:,.1f} MB left: make room.\n"
-                        f"{CHOICES}")
+        raise UserError(f"{what} needs {needed / 1e6:,.1f} MB, and {folder} has {free / 1e6:,.1f} MB left: make room, "
+                        f"or lower save_total_limit.\n{CHOICES}")
 
 
 def save_checkpoint(accelerator, model, optimizer, run_dir, limit, state):
@@ -800,7 +800,7 @@ def publish(run_dir):
         for each in run_dir.iterdir():
             if each.name not in RESULTS:  # checkpoints and best weights have done their service
                 remove(each)
-        written = json.loads((run_dir / "run.json").read_text("utf-8"))["results"]
+        written = json.loads((run_dir / "run.json").read_text("utf-8")).get("results", RESULTS)
         for name in RESULTS:
             new, old = run_dir / name, run_dir.with_name(name)
             if os.path.lexists(old) and (new.exists() or name not in written):
@@ -963,8 +963,8 @@ def train_step(accelerator, wrapped, optimizer, dataset, window, epoch, lr, args
             f"{accelerator.mixed_precision.replace('no', 'fp32')} at lr {lr:.2e}. Its rows: "
             + ", ".join(f"{dataset.paths[file]} line {line}" for file, line in where))
     if state["bad_steps"] == 3:
-        raise UserError(f"three steps in a row were not applied: lower lr {args['lr']}, mend the rows that are named, "
-                        f"or try --mixed_precision no.\n{CHOICES}")
+        raise UserError("three steps in a row were not applied: start over (--overwrite_output_dir true) with a lower "
+                        f"lr than {args['lr']}, without the rows that are named, or in another precision")
     return signals > 0
 
 
@@ -1166,7 +1166,7 @@ def describe(args, model, train_rows, eval_rows, data_sha256):
     identity["samples of a step"] = args["batch_size"] * args["gradient_accumulation_steps"] * state.num_processes
     cached = not Path(name).is_dir() and try_to_load_from_cache(name, "config.json", revision=args["revision"])
     git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--verify", "HEAD"]
-    device = torch.cuda.get_device_name() if state.device.type == "cuda" else state.device
+    device = torch.cuda.get_device_name() if state.device.type == "cuda" else state.device.type
     return {
         "data_sha256": data_sha256, "base_sha256": identity["base weights"], "python": platform.python_version(),
         "base_revision": Path(cached).parent.name if cached else None, "processes": state.num_processes,
@@ -1212,8 +1212,8 @@ def prepare(args, run_dir, checkpoint):
                 remove(each)
         (run_dir / "logs").mkdir(parents=True)
         count = args["save_total_limit"] + 1 - len(kept)  # at most, just before an old checkpoint goes
-        require_space(run_dir, sum(each.nbytes for each in trained) * (4 * count + 2),
-                      f"What a run keeps ({count} checkpoints, weights)")
+        size = sum(each.nbytes for each in trained) * 4 * count + sum(each.nbytes for each in model.parameters()) * 2
+        require_space(run_dir, size, f"What a run keeps ({count} checkpoints, weights)")
     accelerator = Accelerator(cpu=state.device.type == "cpu", mixed_precision=facts["precision"],
                               log_with=args["log_with"] if args["epochs"] else None, project_dir=run_dir / "logs",
                               kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])  # constants

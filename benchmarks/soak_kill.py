@@ -49,7 +49,8 @@ def run(folder, name):
 
 def printed(folder, name):
     """What the newest start of a run has printed, cut off anywhere."""
-    text = (folder / f"{name}.txt").read_text(encoding="utf-8", errors="replace")
+    log = folder / f"{name}.txt"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     return text[max(0, text.rfind("Training Args")) :]
 
 
@@ -94,8 +95,10 @@ def main():
         while not is_last:
             output_dir, is_last = folder / f"run{ends}", sum(moments.values()) == given.kills  # the last is left to end
             name = output_dir.name
-            process = start(name)
-            process.join(None if is_last else draw.uniform(0, usual / 2))
+            process, is_anywhere = start(name), draw.random() < 0.2  # else once training goes on
+            while not is_anywhere and process.is_alive() and "Start training" not in printed(folder, name):
+                time.sleep(0.01)
+            process.join(None if is_last else draw.uniform(0, usual / 3))
             is_killed = process.is_alive()
             process.kill()
             process.join()

@@ -612,7 +612,7 @@ def test_three_bad_steps_in_a_row_end_the_run_and_the_last_good_checkpoint_stand
     for index in order[16:]:
         rows[index]["content"] = "毳毛"
     settings = {**settings, "model_name_or_path": poisoned, "train_dataset": write_jsonl("train.jsonl", rows)}
-    with pytest.raises(UserError, match="three steps in a row were not applied: lower lr 0.001, mend the rows"):
+    with pytest.raises(UserError, match="three steps in a row were not applied: start over .* lr than 0.001"):
         train_bert_rerank.train(settings)
     assert re.findall(r"WARNING !!! step (\d+) is not applied", capsys.readouterr().out) == ["3", "4", "5"]
     [*_, last] = checkpoints_in(tmp_path / "out" / "unfinished_run")
@@ -626,7 +626,7 @@ def test_three_bad_steps_in_a_row_end_the_run_and_the_last_good_checkpoint_stand
 def test_weights_that_overflow_are_no_checkpoint_and_no_final_model(settings, tmp_path):
     settings = {**settings, "warmup_proportion": 0.0, "eval_dataset": None, "save_steps": 1}
     for lr, left in ((1e30, ["checkpoint-00000001", "logs"]), (1e300, ["logs"])):  # finite weights at first; infinite
-        with pytest.raises(UserError, match=rf"three steps in a row were not applied: lower lr {re.escape(str(lr))}"):
+        with pytest.raises(UserError, match=rf"three steps in a row were not applied: .* than {re.escape(str(lr))}"):
             train_bert_rerank.train({**settings, "lr": lr})
         assert names_in(tmp_path / "out" / "unfinished_run") == left
         shutil.rmtree(tmp_path / "out")
@@ -660,7 +660,7 @@ def test_too_small_a_disk_is_found_out_before_training(settings, small_disk):
     disk = small_disk(40)
     with pytest.raises(UserError) as caught:
         train_bert_rerank.train({**settings, "output_dir": str(disk / "out")})
-    said = r"^What a run keeps \(3 checkpoints, weights\) needs 7\d\.\d MB, and \S+ has 4\d\.\d MB left: make room\."
+    said = r"^What a run keeps \(3 checkpoints, weights\) needs 7\d\.\d MB, and \S+ has 4\d\.\d MB left: make room, or "
     assert re.search(said, str(caught.value)), caught.value
 
 
