@@ -43,6 +43,7 @@ IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # torchrun and accelerate 
 RESULTS = ["final_model", "fine_tuned_model", "logs", "loss_curve.png", "score_distribution.png", "eval_report.json",
            "predictions.jsonl", "rows_to_check.jsonl", "run.json"]  # moved in this order: run.json marks a finished run
 received_signals = []  # (number, time) of those that a training loop is to act on
+DIGITS = "[0-9]" * 8  # of a step, in the names of checkpoints and best weights
 MICRO_BATCH_COST = {"cpu": 16, "cuda": 256, "mps": 256}  # what one more micro-batch costs, in padded tokens
 MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 4096}  # micro_batch_tokens "auto" without a memory of the device's own
 OUT_OF_MEMORY = "out of memory", "ALLOC_FAILED", "you tried to allocate"  # CUDA and MPS, cuBLAS, the CPU's allocator
@@ -77,7 +78,7 @@ def remove(path):
 def flush_to_disk(*paths):
     """Let files, and the names in folders, survive a power cut."""
     for path in paths:
-        with suppress(PermissionError):  # Windows opens no folder
+        with suppress(PermissionError, FileNotFoundError):  # Windows opens no folder; a log may be gone
             descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
             os.fsync(descriptor)
             os.close(descriptor)
@@ -93,7 +94,7 @@ def whole_file(path):
             yield file
         flush_to_disk(unfinished)
         os.replace(unfinished, path)
-        flush_to_disk(path.parent)
+        flush_to_disk(path.parent, path.parent.parent)
     finally:
         unfinished.unlink(missing_ok=True)
         with suppress(OSError):  # folders that hold nothing now
@@ -697,25 +698,28 @@ def judge(candidates, dataset, args):
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
-# Settings in which a run may differ from its checkpoint: names of what is compared itself, …
+# A run may differ from its checkpoint in what is compared by what it stands for, files and samples of a step …
 NAMES = ("model_name_or_path", "revision", "trust_remote_code", "train_dataset", "eval_dataset", "batch_size",
          "gradient_accumulation_steps")
+# … and in what changes no result, but for rounding.
 NEUTRAL = ("micro_batch_tokens", "gradient_checkpointing", "log_with", "output_dir", "save_steps", "save_total_limit",
-           "resume_from_checkpoint", "overwrite_output_dir")  # … and what changes no result, or by rounding only
+           "resume_from_checkpoint", "overwrite_output_dir")
 CHOICES = ("  to go on:      the same command with --resume_from_checkpoint latest\n"
            "  to start over: the same command with --overwrite_output_dir true (and without --resume_from_checkpoint)")
 
 
 @contextmanager
 def noted_signals():
-    """Within it a first SIGTERM, SIGINT or SIGUSR1 is noted in `received_signals`; one over a second later (launchers
-    may pass on what has been received already) ends the process at once, as outside. Only the main thread gets any."""
+    """Within it a first SIGTERM, SIGINT, SIGHUP or SIGUSR1 is noted in `received_signals`. One over 5 s later ends the
+    process at once, as outside (launchers pass on what may have arrived already). In a thread of a user's own it does
+    nothing: Python gives signals to the main thread."""
     def note(number, _):
         received_signals.append((number, time.monotonic()))
-        if received_signals[-1][1] - received_signals[0][1] > 1:
+        if received_signals[-1][1] - received_signals[0][1] > 5:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-    names = ("SIGTERM", "SIGINT", "SIGUSR1") if threading.current_thread() is threading.main_thread() else ()
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if is_main_thread else ()
     before = {number: signal.signal(number, note) for name in names if (number := getattr(signal, name, None))
               and signal.getsignal(number) != signal.SIG_IGN}  # as nohup and a script's & have it
     try:
@@ -730,10 +734,22 @@ def noted_signals():
 
 def checkpoints_in(run_dir):
     """The checkpoints of an unfinished run, oldest first; a folder without its state.pt is none."""
-    return sorted(each.parent for each in run_dir.glob("checkpoint-*/state.pt"))
+    return sorted(each.parent for each in run_dir.glob(f"checkpoint-{DIGITS}/state.pt"))
 
 
-def differences(old, new):
+def written_in(run_dir):
+    """What runs leave in `run_dir`, complete or not: checkpoints, best weights, results."""
+    found = [*run_dir.glob(f"checkpoint-{DIGITS}"), *run_dir.glob(f"best_weights-{DIGITS}.*")]
+    return found + [run_dir / name for name in RESULTS if os.path.lexists(run_dir / name)]
+
+
+def keep_newest(run_dir, limit):
+    """Remove all checkpoints but the `limit` newest, and as many best weights: each checkpoint brings one at most."""
+    for old in [*checkpoints_in(run_dir)[:-limit], *sorted(run_dir.glob(f"best_weights-{DIGITS}.pt"))[:-limit]]:
+        remove(old)
+
+
+def changes(old, new):
     """["key: old → new", …] of what two dicts both have, compared as JSON."""
     old, new = json.loads(json.dumps([old, new]))
     return [f"{key}: {value} → {new[key]}" for key, value in old.items() if new.get(key, value) != value]
@@ -749,8 +765,8 @@ def require_space(folder, needed, what):
 
 def save_checkpoint(accelerator, model, optimizer, run_dir, limit, state):
     """Write `state`, of all processes, with trained weights, optimizer and scaler as checkpoint-STEP/state.pt, and the
-    best weights so far beside it, unless they are there; then let go of all but the `limit` newest. Random states are
-    none of it, since data order and dropout follow from seed, process and step."""
+    best weights so far beside it, unless this run did so already; then let go of all but the `limit` newest. A step is
+    saved before it is evaluated. Data order and dropout follow from seed, process and step: no random state is kept."""
     row_sums = accelerator.reduce(state["row_sums"].to(accelerator.device), "sum").cpu()
     if not IS_MAIN_PROCESS or not all(weight.isfinite().all() for weight in model.parameters()):
         return
@@ -761,6 +777,7 @@ def save_checkpoint(accelerator, model, optimizer, run_dir, limit, state):
     new = {best: state["best_weights"], folder / "state.pt": saved}
     new = {path: content for path, content in new.items() if content and not path.exists()}
     size = sum(weight.nbytes for weight in saved["model"].values()) * (3 + (best in new))  # AdamW's state is two more
+    keep_newest(run_dir, limit)  # more may be there, where a resumed run has another limit
     require_space(run_dir, size, folder.name)
     try:
         for path, content in new.items():
@@ -768,27 +785,26 @@ def save_checkpoint(accelerator, model, optimizer, run_dir, limit, state):
                 torch.save(content, file)
     except (OSError, RuntimeError) as error:  # the second is torch's where the disk is full
         raise UserError(f"{folder} needs {size / 1e6:,.1f} MB and cannot be written: {error}\n{CHOICES}") from error
-    for old in [*checkpoints_in(run_dir)[:-limit], *sorted(run_dir.glob("best_weights-*"))[:-limit]]:
-        remove(old)  # of best weights, too, none that a checkpoint left speaks of: each brings one more at most
+    keep_newest(run_dir, limit)
 
 
 def load_checkpoint(folder, args, facts):
     """The state that save_checkpoint() wrote; UserError where it is of another run. Says what differs otherwise."""
     try:
-        saved = torch.load(folder / "state.pt", "cpu", weights_only=True, mmap=True)
+        saved = torch.load(folder / "state.pt", "cpu", weights_only=True)
         if saved["best_step"] and args["load_best_model_at_end"]:
             best = folder.parent / f"best_weights-{saved['best_step']:08}.pt"
-            saved["best_weights"] = torch.load(best, "cpu", weights_only=True, mmap=True)
+            saved["best_weights"] = torch.load(best, "cpu", weights_only=True)
         old = {**saved["facts"], **saved["facts"]["identity"], **saved["args"]}
     except Exception as error:  # torch.load raises a dozen types for files that are not what it expects
         raise UserError(f"{folder} and the best weights beside it cannot be read: {type(error).__name__}: {error}\n"
                         "(Of several machines each has to see output_dir.)") from error
     strict = {key: value for key, value in args.items() if key not in NAMES + NEUTRAL}
-    if other := differences(old, {**strict, **facts["identity"]}):
+    if other := changes(old, {**strict, **facts["identity"]}):
         raise UserError("\n  ".join([f"{folder} is of another run; from it to this one:", *other]) +
                         f"\nSet that back, or take another output_dir.\n{CHOICES.splitlines()[1]}", exit_status=2)
     new = {**args, "resume_from_checkpoint": old["resume_from_checkpoint"]}  # all that may differ, and where it runs
-    other = differences(old, new | {key: facts[key] for key in ("processes", "precision", "versions", "hardware")})
+    other = changes(old, new | {key: facts[key] for key in ("processes", "precision", "versions", "hardware")})
     say("\n  ".join([f"Going on after step {saved['step']}, from {folder}" + ", with other" * bool(other), *other]))
     return saved
 
@@ -797,7 +813,7 @@ def publish(run_dir):
     """Move the results of a complete run, one with a run.json, up into output_dir, in the place of an earlier one's.
     Cut off anywhere, the next call goes on with it: run.json comes last."""
     if (run_dir / "run.json").exists():
-        for each in run_dir.iterdir():
+        for each in written_in(run_dir):
             if each.name not in RESULTS:  # checkpoints and best weights have done their service
                 remove(each)
         written = json.loads((run_dir / "run.json").read_text("utf-8")).get("results", RESULTS)
@@ -826,12 +842,13 @@ def find_checkpoint(args, run_dir):
         raise UserError(f"{run_dir.parent} holds a model or logs that no run left there: take another output_dir", 2)
     if wanted == "latest":
         settings = {key: value for key, value in args.items() if key not in NEUTRAL}
-        if checkpoints or ended.exists() and not differences(json.loads(ended.read_text("utf-8"))["args"], settings):
+        if checkpoints or ended.exists() and not changes(json.loads(ended.read_text("utf-8"))["args"], settings):
             return (checkpoints or [ended])[-1]
         say(f"No checkpoint in {run_dir}: starting afresh.")
     elif wanted and not Path(wanted, "state.pt").is_file():
         raise UserError(f"{wanted} is no checkpoint; there are: {', '.join(map(str, checkpoints)) or 'none'}", 2)
-    elif checkpoints and not args["overwrite_output_dir"] and Path(wanted or ".").resolve().parent != run_dir.resolve():
+    elif checkpoints and not args["overwrite_output_dir"] and (
+            not wanted or Path(wanted).resolve().parent != run_dir.resolve()):
         raise UserError(f"{run_dir} holds {checkpoints[-1].name} of a run that has not ended.\n{CHOICES}\n"
                         "  to keep it:    another --output_dir", exit_status=2)
     return Path(wanted) if wanted not in (None, "latest") else None
@@ -931,9 +948,9 @@ def largest_micro_batch(accelerator, wrapped, dataset, samples):
 
 
 def train_step(accelerator, wrapped, optimizer, dataset, window, epoch, lr, args, state):
-    """The next optimizer step, with what it gives added to `state`; returns whether a signal asks to stop. Where loss
-    or gradient are not finite it is not applied, and a UserError the third time in a row. In fp16 the gradient is the
-    scaler's business, which finds its scale by overflowing."""
+    """The next optimizer step, with what it gives added to `state`; returns whether a signal asks to stop. A step whose
+    loss or gradient is not finite is not applied, and the third in a row is a UserError; gradients in fp16 are left to
+    the scaler, which finds its scale by letting them overflow."""
     step, bound = state["step"] + 1, state["max_tokens"]
     seed = np.random.SeedSequence([args["seed"], accelerator.process_index, step]).generate_state(1).item()
     totals, rows, probabilities, state["max_tokens"] = train_window(
@@ -969,14 +986,15 @@ def train_step(accelerator, wrapped, optimizer, dataset, window, epoch, lr, args
 
 
 def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, run_dir, args, state):
-    """Train on from `state`, which is kept up to date; evaluate at each epoch's end or every `eval_steps`, then
-    mixtures of the best weights with the base's. Returns (best, base weights) in host memory; None: the last count."""
+    """Train on from `state`, which is kept up to date, and save checkpoints; evaluate at each epoch's end or every
+    `eval_steps`, then mixtures of the best weights with the base's. Returns (best, base weights) in host memory, or
+    None where the last weights are kept."""
     model, samples_per_step = accelerator.unwrap_model(wrapped), state["facts"]["identity"]["samples of a step"]
     steps_per_epoch = math.ceil(len(train_data) / samples_per_step)
-    total_steps, due = args["epochs"] * steps_per_epoch, args["eval_steps"] or steps_per_epoch
+    total_steps, eval_steps = args["epochs"] * steps_per_epoch, args["eval_steps"] or steps_per_epoch
     base_weights = host_copy(model) if eval_data and args["load_best_model_at_end"] else None
-    first, seen, seconds, order = state["step"], 0, 0.0, torch.Generator().manual_seed(args["seed"])
-    if first:  # on from a checkpoint, with all that was logged
+    done, seen, seconds, order = state["step"], 0, 0.0, torch.Generator().manual_seed(args["seed"])
+    if done:  # on from a checkpoint, with all that was logged
         model.load_state_dict(state.pop("model"), strict=False)
         optimizer.load_state_dict(state.pop("optimizer"))
         if state["scaler"] and accelerator.scaler:
@@ -989,23 +1007,23 @@ def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, run_dir, a
             accelerator.log({**scalars, **evaluations.get(step, {})}, step=step)
     save = partial(save_checkpoint, accelerator, model, optimizer, run_dir, args["save_total_limit"], state)
     windows = (each for _ in range(args["epochs"]) for each in epoch_windows(len(train_data), samples_per_step, order))
-    windows, candidates, is_due = islice(windows, first, None), state["candidates"], False
+    windows, candidates, owes_checkpoint = islice(windows, done, None), state["candidates"], False
     if accelerator.num_processes > 1:  # DDP orders its sums anew after a first backward: let that weigh nothing
         list(backpropagate(accelerator, wrapped, train_data, 1, [], []))
         optimizer.zero_grad()
-    with noted_signals(), tqdm(desc="Training", total=total_steps, initial=first, disable=not IS_MAIN_PROCESS) as bar:
-        for step in range(max(1, first), total_steps + 1):
+    with noted_signals(), tqdm(desc="Training", total=total_steps, initial=done, disable=not IS_MAIN_PROCESS) as bar:
+        for step in range(max(1, done), total_steps + 1):
             epoch, is_stopped = math.ceil(step / steps_per_epoch), False
-            if step > first:  # of a checkpoint's step all is done but the evaluation
+            if step > done:  # else a checkpoint's step, of which the evaluation alone is left
                 started, window = time.perf_counter(), next(windows)
                 lr = learning_rate(step, total_steps, args["lr"], args["warmup_proportion"])
                 is_stopped = train_step(accelerator, wrapped, optimizer, train_data, window, epoch, lr, args, state)
                 seen, seconds = seen + len(window), seconds + time.perf_counter() - started
-                is_due = is_due or step % (args["save_steps"] or steps_per_epoch) == 0 or step == total_steps
-                if is_due and not state["bad_steps"]:  # nor would weights that overflow be good to go on from
+                owes_checkpoint |= step % (args["save_steps"] or steps_per_epoch) == 0 or step == total_steps
+                if owes_checkpoint and not state["bad_steps"]:  # nor would weights that overflow be good to go on from
                     save()
-                    is_due = False
-            if eval_data and not is_stopped and (step % due == 0 or step == total_steps):
+                    owes_checkpoint = False
+            if eval_data and not is_stopped and (step % eval_steps == 0 or step == total_steps):
                 candidate = evaluate(accelerator, model, eval_data, args, state["max_tokens"], step, epoch)
                 is_stopped = candidate is None
                 candidates += [candidate] * (not is_stopped)
@@ -1016,8 +1034,8 @@ def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, run_dir, a
                 save()
                 accelerator.wait_for_everyone()  # as soon as one process leaves, a launcher ends the others
                 number = [*received_signals, (signal.SIGTERM, 0)][0][0]  # another process may have received it
-                raise UserError(f"Stopped by {signal.Signals(number).name} after step {step} of {total_steps}; the "
-                                f"checkpoint is in {run_dir}.\n{CHOICES}", exit_status=128 + number)
+                raise UserError(f"Stopped by {signal.Signals(number).name} after step {step} of {total_steps}; "
+                                f"checkpoints are in {run_dir}.\n{CHOICES}", exit_status=128 + number)
             newest = f", {eval_data.metric} {candidates[-1]['quality']:.4f}" if eval_data else ""
             _, _, loss, lr, _ = state["history"][-1]
             bar.set_postfix_str(f"epoch {epoch}/{args['epochs']}, loss {loss:.4f}, lr {lr:.2e}, "
@@ -1206,12 +1224,19 @@ def prepare(args, run_dir, checkpoint):
         for stale in {*train_data.cache.parent.glob("?" * 64 + ".*")} - {train_data.cache, eval_data.cache}:
             with suppress(PermissionError):  # Windows keeps what is still mapped
                 stale.unlink()
-        kept = checkpoints_in(run_dir) if checkpoint and checkpoint.resolve().parent == run_dir.resolve() else []
-        for each in [*run_dir.glob("*")]:
-            if each not in kept and not (kept and each.suffix == ".pt"):
+        newest, kept = checkpoints_in(run_dir)[-1:], []
+        if newest not in ([], [checkpoint]) and args["resume_from_checkpoint"] in (None, "latest") and (
+                not args["overwrite_output_dir"]):
+            raise UserError(f"{newest[0]} has come meanwhile: another run writes to {run_dir.parent}")
+        if checkpoint and checkpoint.resolve().parent == run_dir.resolve():  # what is newer is done again, if need be
+            limits = f"checkpoint-{saved['step']:08}", f"best_weights-{saved['best_step']:08}.pt"
+            kept = [each for each in checkpoints_in(run_dir) if each.name <= limits[0]]
+            kept += [each for each in run_dir.glob(f"best_weights-{DIGITS}.pt") if each.name <= limits[1]]
+        for each in written_in(run_dir):
+            if each not in kept:
                 remove(each)
         (run_dir / "logs").mkdir(parents=True)
-        count = args["save_total_limit"] + 1 - len(kept)  # at most, just before an old checkpoint goes
+        count = max(1, args["save_total_limit"] + 1 - len(checkpoints_in(run_dir)))  # just before an old one goes
         size = sum(each.nbytes for each in trained) * 4 * count + sum(each.nbytes for each in model.parameters()) * 2
         require_space(run_dir, size, f"What a run keeps ({count} checkpoints, weights)")
     accelerator = Accelerator(cpu=state.device.type == "cpu", mixed_precision=facts["precision"],
@@ -1255,7 +1280,8 @@ def train(args):
     run_dir = Path(args["output_dir"], "unfinished_run" if args["epochs"] else "evaluation")
     [checkpoint, *_] = gather_object([find_checkpoint(args, run_dir) if IS_MAIN_PROCESS else None])
     if checkpoint and checkpoint.name == "run.json":
-        say(f"This run has ended, and {run_dir.parent} holds its results; --resume_from_checkpoint None starts anew.")
+        say(f"A run with these settings has ended (data are not compared), and its results are in {run_dir.parent}; "
+            "--resume_from_checkpoint None starts anew.")
         report = checkpoint.with_name("eval_report.json")
         report = json.loads(report.read_text("utf-8")) if report.exists() else None
         return {**json.loads(checkpoint.read_text("utf-8")), "report": report}

@@ -32,13 +32,13 @@ def launch(folder, name, processes=1, **settings):
 
 
 def stopped(*numbers, at=r"\| 3/\d+ \[", processes=1, to=lambda process: [process.pid]):
-    """A fault: a run that receives the signals `numbers`, 1.2 s apart, once it has printed `at`."""
+    """A fault: a run that receives the signals `numbers`, 5.5 s apart, once it has printed `at`."""
     def fault(folder, name):
         process = launch(folder, name, processes, save_steps=2)
         while process.poll() is None and not re.search(at, printed(folder, name)):
             time.sleep(0.01)
         for index, number in enumerate(numbers):
-            time.sleep(1.2 * (index > 0))
+            time.sleep(5.5 * (index > 0))
             for each in to(process):
                 os.kill(each, number)
         return process.wait()
@@ -146,7 +146,7 @@ FAULTS = {  # what happens: the fault, and whether the run is then gone on with
     "SIGINT (Ctrl-C) while training": (stopped(signal.SIGINT), True),
     "SIGUSR1 while training": (stopped(signal.SIGUSR1), True),
     "SIGTERM during an evaluation": (stopped(signal.SIGTERM, at=SCORING), True),
-    "SIGTERM, and another 1.2 s later": (stopped(signal.SIGTERM, signal.SIGTERM), True),
+    "SIGTERM, and another 5.5 s later": (stopped(signal.SIGTERM, signal.SIGTERM), True),
     "SIGTERM before training": (stopped(signal.SIGTERM, at="Training Args"), True),
     "SIGKILL while training": (stopped(signal.SIGKILL), True),
     "two processes: SIGTERM to torchrun": (stopped(signal.SIGTERM, processes=2), False),
@@ -188,7 +188,7 @@ def main():
             name = f"run{number}"
             status = fault(folder, name)
             said = printed(folder, name)
-            telling = r"^(?:Error: |Stopped by |This run has|No checkpoint|Verdict|!!! WARNING !!! step).*(?:\n  \w.*)?"
+            telling = r"^(?:Error: |Stopped by |A run with|No checkpoint|Verdict|!!! WARNING !!! step).*(?:\n  \w.*)?"
             kept = re.findall(telling, said, re.M)
             assert not re.search(r'train_bert_rerank\.py", line', said) and not (folder / "code was run").exists(), said
             left = ", ".join(each.parent.name.removeprefix("checkpoint-").lstrip("0") for each in

@@ -80,16 +80,17 @@ class Process:
         arguments = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
         self.popen = subprocess.Popen(
             [sys.executable, *launcher, str(ROOT / "train_bert_rerank.py"), *arguments], stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, text=True,
+            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )  # fmt: skip
-        self.output = ""
+        self.output, self.looked_at = "", 0
 
     def wait_for(self, pattern):
-        """Read until `pattern` is printed."""
-        while not re.search(pattern, self.output[-2000:]):
-            character = self.popen.stdout.read(1)
-            assert character, self.output
-            self.output += character
+        """Read until `pattern` is printed, behind what was waited for before."""
+        while not (found := re.search(pattern, self.output[self.looked_at :])):
+            data = os.read(self.popen.stdout.fileno(), 1 << 16)
+            assert data, self.output
+            self.output += data.decode(errors="replace")
+        self.looked_at += found.end()
         return self
 
     def workers(self):
@@ -103,7 +104,7 @@ class Process:
 
     def end(self):
         """Wait for its end: (exit status, all that it printed)."""
-        self.output += self.popen.communicate(timeout=120)[0]
+        self.output += self.popen.communicate(timeout=120)[0].decode(errors="replace")
         return self.popen.returncode, self.output
 
 
@@ -132,7 +133,7 @@ def test_stopped_by_each_signal_and_killed_a_run_goes_on_to_the_same_bits(settin
         assert status == (128 + number if processes == 1 else 1), output  # torchrun has an exit status of its own
         reached = int(last.name.rpartition("-")[2])
         assert step <= reached <= step + 3
-        said = (rf"Stopped by {number.name} after step {reached} of 16; the checkpoint is in \S*/out/unfinished_run\.\n"
+        said = (rf"Stopped by {number.name} after step {reached} of 16; checkpoints are in \S*/out/unfinished_run\.\n"
                 r"  to go on:      the same command with --resume_from_checkpoint latest\n"
                 r"  to start over: the same command with --overwrite_output_dir true")  # fmt: skip
         assert len(re.findall(said, output)) == 1 and "train_bert_rerank.py\", line" not in output, output
@@ -144,19 +145,19 @@ def test_stopped_by_each_signal_and_killed_a_run_goes_on_to_the_same_bits(settin
 
 def test_a_second_signal_ends_the_run_at_once_and_writes_no_checkpoint(settings, tmp_path, write_jsonl):
     rows = [{**row, "query": f"{index}"} for index, row in enumerate(100 * rows_of(40))]  # one window
-    settings = {**settings, "train_dataset": write_jsonl("many.jsonl", rows), "gradient_accumulation_steps": 4000,
-                "epochs": 9, "eval_dataset": None}  # fmt: skip
-    run = Process(settings).wait_for(at_step(2)).send(signal.SIGTERM)
-    time.sleep(1.2)  # what comes sooner may be the same signal, by way of a launcher
+    settings = {**settings, "train_dataset": write_jsonl("many.jsonl", rows), "gradient_accumulation_steps": 2000,
+                "epochs": 9, "eval_dataset": None, "save_steps": 1}  # fmt: skip
+    run = Process(settings).wait_for(at_step(1)).send(signal.SIGTERM)
+    time.sleep(5.2)  # what comes sooner may be the same signal, by way of a launcher
     status, output = run.send(signal.SIGTERM).end()
     assert status == -signal.SIGTERM and "Stopped by" not in output, output
-    assert names_in(tmp_path / "out" / "unfinished_run") == ["checkpoint-00000002", "logs"]
+    assert names_in(tmp_path / "out" / "unfinished_run") == ["checkpoint-00000001", "logs"]
 
 
 def test_a_signal_cuts_an_evaluation_short_and_the_next_run_does_it_again(settings, tmp_path, write_jsonl):
-    settings = {**settings, "eval_steps": 5, "eval_dataset": write_jsonl("eval.jsonl", rows_of(2100, 700))}
+    settings = {**settings, "eval_steps": 5, "eval_dataset": write_jsonl("eval.jsonl", rows_of(1500, 500))}
     train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "whole")})
-    run = Process(settings).wait_for(at_step(4)).wait_for(r"Scoring: +\d").send(signal.SIGTERM)
+    run = Process(settings).wait_for(at_step(4)).wait_for(r"Scoring: +[1-9]\d?%").send(signal.SIGTERM)
     status, output = run.end()
     assert status == 143 and "Stopped by SIGTERM after step 5 of 10" in output and "Step 5, epoch" not in output, output
     assert names_in(tmp_path / "out" / "unfinished_run")[:2] == ["checkpoint-00000004", "checkpoint-00000005"]
@@ -334,6 +335,54 @@ def test_a_half_written_checkpoint_is_never_taken_for_one_and_goes(settings, tra
     assert names_in(folder) == ["checkpoint-00000002", "logs"]
 
 
+def test_going_on_from_an_older_checkpoint_leaves_no_newer_one_that_latest_would_take(settings, train_until, tmp_path):
+    folder = tmp_path / "out" / "unfinished_run"
+    train_until(6, settings)
+    older, newer = checkpoints_in(folder)
+    (newer / "state.pt").write_bytes(b"spoilt")
+    (folder / "best_weights-00000005.pt").write_bytes(b"of a run that was cut off before its checkpoint")
+    train_until(7, {**settings, "resume_from_checkpoint": str(older), "save_total_limit": 1})  # killed once more
+    assert [path.name for path in checkpoints_in(folder)] == ["checkpoint-00000006"]
+    train_bert_rerank.train({**settings, **RESUME})
+    train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "whole")})
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_copies_that_a_user_made_are_neither_taken_for_checkpoints_nor_removed(settings, train_until, tmp_path):
+    folder = tmp_path / "out" / "unfinished_run"
+    train_until(6, settings)
+    [older, newer] = checkpoints_in(folder)
+    older.rename(folder / "keep")
+    shutil.copytree(newer, folder / "checkpoint-backup")
+    train_until(8, {**settings, "resume_from_checkpoint": str(folder / "keep")})
+    assert {"keep", "checkpoint-backup"} <= set(names_in(folder))
+    assert [path.name for path in checkpoints_in(folder)] == ["checkpoint-00000004", "checkpoint-00000006"]
+    train_bert_rerank.train({**settings, **RESUME})
+    assert names_in(folder) == ["checkpoint-backup", "keep"]
+
+
+def test_a_checkpoint_that_another_run_has_written_meanwhile_is_not_thrown_away(
+    settings, train_until, tmp_path, monkeypatch
+):
+    train_until(6, settings)
+    (tmp_path / "out" / "unfinished_run").rename(tmp_path / "other")
+    load = train_bert_rerank.load_base
+    monkeypatch.setattr(train_bert_rerank, "load_base",
+                        lambda args: ((tmp_path / "other").rename(tmp_path / "out" / "unfinished_run"), load(args))[1])
+    with pytest.raises(UserError, match="checkpoint-00000004 has come meanwhile: another run writes to"):
+        train_bert_rerank.train(settings)
+    assert len(checkpoints_in(tmp_path / "out" / "unfinished_run")) == 2
+
+
+def test_a_resumed_run_keeps_no_checkpoint_open(settings, train_until, tmp_path, monkeypatch):
+    train_until(6, settings)
+    maps, save = [], train_bert_rerank.save_checkpoint
+    monkeypatch.setattr(train_bert_rerank, "save_checkpoint",
+                        lambda *each: (save(*each), maps.append(Path("/proc/self/maps").read_text())))
+    train_bert_rerank.train({**settings, **RESUME})
+    assert maps and not any(".pt" in each for each in maps)
+
+
 # ---- Which run goes on -----------------------------------------------------------------------------------------------
 def test_latest_starts_afresh_where_there_is_no_checkpoint_and_says_so(settings, tmp_path, capsys):
     train_bert_rerank.train({**settings, **RESUME})
@@ -345,7 +394,8 @@ def test_latest_on_a_finished_run_says_so_and_changes_nothing(settings, tmp_path
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     arguments = [text for key, value in {**settings, **RESUME}.items() for text in (f"--{key}", value)]
     done = run_script(*arguments)
-    assert done.returncode == 0 and "This run has ended, and" in done.stdout and "Loading" not in done.stdout
+    assert done.returncode == 0 and "Loading" not in done.stdout
+    assert "A run with these settings has ended (data are not compared)" in done.stdout
     again = train_bert_rerank.train({**settings, **RESUME, "save_steps": 1, "log_with": None})
     assert again == json.loads(json.dumps(first))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
@@ -694,6 +744,18 @@ def test_a_disk_that_fills_up_costs_one_checkpoint_and_the_run_goes_on_when_ther
     (disk / "other").unlink()
     train_bert_rerank.train({**settings, **RESUME})
     assert digests(disk / "out") == digests(tmp_path / "whole")
+
+
+def test_a_lower_limit_makes_room_on_a_disk_that_is_full(settings, small_disk, train_until):
+    disk = small_disk(90)
+    settings = {**settings, "output_dir": str(disk / "out")}
+    train_until(6, settings)
+    (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - 18_000_000))
+    with pytest.raises(UserError, match="or lower save_total_limit"):
+        train_bert_rerank.train({**settings, **RESUME})
+    (disk / "other").write_bytes(bytes(15_000_000))
+    train_until(9, {**settings, **RESUME, "save_total_limit": 1})
+    assert [path.name for path in checkpoints_in(disk / "out" / "unfinished_run")] == ["checkpoint-00000008"]
 
 
 def test_a_disk_without_room_for_the_model_leaves_the_last_checkpoint(settings, small_disk, tmp_path, monkeypatch):

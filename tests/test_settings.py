@@ -38,6 +38,10 @@ DEFAULTS = {  # the table of the contract
     "eval_steps": None,  # this and the next four came with evaluation
     "metric_for_best_model": "auto",
     "load_best_model_at_end": True,
+    "save_steps": None,
+    "save_total_limit": 2,
+    "resume_from_checkpoint": None,
+    "overwrite_output_dir": False,
     "early_stopping_patience": None,
     "base_interpolation": (0.25, 0.5, 0.75),
     "seed": 42,
@@ -153,7 +157,7 @@ OVERRIDES = [
     ("save_steps", "500", 500),
     ("save_total_limit", "3", 3),
     ("resume_from_checkpoint", "latest", "latest"),
-    ("overwrite_output_dir", "true", True),
+    ("overwrite_output_dir", "false", False),
     ("early_stopping_patience", "2", 2),
     ("base_interpolation", "[0.25, 0.5]", [0.25, 0.5]),
     ("base_interpolation", "[]", []),
@@ -237,6 +241,7 @@ def test_exit_status_2_reaches_the_shell_without_a_traceback(run_script, tmp_pat
 
 
 WRONG_VALUES = [
+    ("save_steps", "0"), ("save_total_limit", "0"), ("save_total_limit", "None"), ("overwrite_output_dir", "1"),
     ("epochs", "-1"), ("epochs", "1.5"), ("epochs", "2.0"), ("epochs", "true"), ("epochs", "None"),
     ("epochs", "[3]"), ("epochs", ""), ("lr", "-1e-5"), ("lr", "fast"), ("lr", "NaN"), ("lr", "Infinity"),
     ("lr", "1e999"), ("lr", "true"), ("lr", '"1e-5"'), ("batch_size", "0"), ("gradient_accumulation_steps", "0"),
@@ -339,11 +344,11 @@ def test_edited_defaults_show_in_help_in_the_checks_in_train_and_when_the_file_i
 
 
 def test_a_new_setting_is_known_once_it_stands_in_the_dict(edited_script):
-    new_line = '"save_steps": 0,  # int 0..: steps between checkpoints'
+    new_line = '"new_steps": 0,  # int 0..: steps between something'
     script = edited_script([('"seed": 42,', f'{new_line}\n        "seed": 42,')])
-    assert script.check_settings(script.parse_command_line(["--save_steps", "5"]))["save_steps"] == 5
-    with pytest.raises(script.UserError, match="save_steps should be int 0.., not -5"):
-        script.check_settings({"save_steps": -5})
+    assert script.check_settings(script.parse_command_line(["--new_steps", "5"]))["new_steps"] == 5
+    with pytest.raises(script.UserError, match="new_steps should be int 0.., not -5"):
+        script.check_settings({"new_steps": -5})
 
 
 MULTI_LINE = '[  # str | list: files\n            "a.jsonl",\n            "b.jsonl",\n        ],'
