@@ -739,8 +739,9 @@ def checkpoints_in(run_dir):
 
 def written_in(run_dir):
     """What runs leave in `run_dir`, complete or not: checkpoints, best weights, results."""
-    found = [*run_dir.glob(f"checkpoint-{DIGITS}"), *run_dir.glob(f"best_weights-{DIGITS}.*")]
-    return found + [run_dir / name for name in RESULTS if os.path.lexists(run_dir / name)]
+    found = [each for pattern in (f"checkpoint-{DIGITS}", f"best_weights-{DIGITS}.*", "run.*")
+             for each in run_dir.glob(pattern)]
+    return found + [run_dir / name for name in RESULTS[:-1] if os.path.lexists(run_dir / name)]
 
 
 def keep_newest(run_dir, limit):
