@@ -164,7 +164,7 @@ def test_a_missing_file_is_refused_by_its_name(tmp_path):
 
 
 def test_a_folder_in_place_of_a_file_is_refused_by_its_name(tmp_path):
-    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}: cannot be read: no regular file$"):
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}: cannot be read: no regular file: save"):
         load(str(tmp_path))
 
 

@@ -156,12 +156,12 @@ def test_a_second_signal_ends_the_run_at_once_and_writes_no_checkpoint(settings,
 
 def test_a_signal_cuts_an_evaluation_short_and_the_next_run_does_it_again(settings, tmp_path, write_jsonl):
     settings = {**settings, "eval_steps": 5, "eval_dataset": write_jsonl("eval.jsonl", rows_of(1500, 500))}
-    train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "whole")})
+    assert Process({**settings, "output_dir": tmp_path / "whole"}).end()[0] == 0
     run = Process(settings).wait_for(at_step(4)).wait_for(r"Scoring: +[1-9]\d?%").send(signal.SIGTERM)
     status, output = run.end()
     assert status == 143 and "Stopped by SIGTERM after step 5 of 10" in output and "Step 5, epoch" not in output, output
     assert names_in(tmp_path / "out" / "unfinished_run")[:2] == ["checkpoint-00000004", "checkpoint-00000005"]
-    train_bert_rerank.train({**settings, **RESUME})
+    assert Process({**settings, **RESUME}).end()[0] == 0
     ours, theirs = (json.loads((tmp_path / name / "eval_report.json").read_text()) for name in ("out", "whole"))
     assert ours == theirs and [point["step"] for point in ours["history"]] == [0, 5, 10]
 
@@ -237,10 +237,6 @@ def test_cut_off_before_any_change_of_the_disk_the_next_run_ends_with_the_same_b
                 "epochs": 1, "save_total_limit": 1, "base_interpolation": [], "log_with": None, "lr": 1e-4}  # fmt: skip
     train_bert_rerank.train({**settings, "seed": 1, "output_dir": str(tmp_path / "earlier")})
     (tmp_path / "earlier" / "fine_tuned_model").mkdir()
-    train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "whole")})
-    assert "fine_tuned_model" not in names_in(tmp_path / "whole")
-    files = [path for path in (tmp_path / "whole").rglob("*") if path.is_file() and path.suffix != ".tokens"]
-    whole = {path: path.read_bytes() for path in files}
     (tmp_path / "crashing.py").write_text(CRASHING.format(root=str(ROOT)), encoding="utf-8")
 
     def cut_off(points):
@@ -250,15 +246,18 @@ def test_cut_off_before_any_change_of_the_disk_the_next_run_ends_with_the_same_b
         return [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
 
     assert cut_off([0]) == [(0, 0, 0)]
+    files = [path for path in (tmp_path / "point-0").rglob("*") if path.is_file() and path.suffix != ".tokens"]
+    whole = {path.relative_to(tmp_path / "point-0"): path.read_bytes() for path in files}
+    assert "fine_tuned_model" not in names_in(tmp_path / "point-0")
     count = int(re.search(r"changes of the disk: (\d+)", (tmp_path / "point-0.txt").read_text())[1])
     assert count > 50
     points = list(range(count + 1))[chosen]
     assert cut_off(points) == [(point, 9, 0) for point in points], (tmp_path / f"point-{points[-1]}.txt").read_text()
     for point in points:
         folder = tmp_path / f"point-{point}"
-        assert names_in(folder) == names_in(tmp_path / "whole")
+        assert names_in(folder) == names_in(tmp_path / "point-0")
         for path, content in whole.items():
-            found = folder / path.relative_to(tmp_path / "whole")
+            found = folder / path
             assert found.exists() and (found.name == "run.json" or found.read_bytes() == content), (point, found)
 
 
