@@ -31,7 +31,10 @@ def launch(folder, name, processes=1, **settings):
         return subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
 
 
-def stopped(*numbers, at=r"\| 3/\d+ \[", processes=1, to=lambda process: [process.pid]):
+STEP_3 = r"Training: [^\r\n]*\| 3/\d+ \["
+
+
+def stopped(*numbers, at=STEP_3, processes=1, to=lambda process: [process.pid]):
     """A fault: a run that receives the signals `numbers`, 5.5 s apart, once it has printed `at`."""
     def fault(folder, name):
         process = launch(folder, name, processes, save_steps=2)
@@ -73,7 +76,7 @@ def on_disk(megabytes, options="rw", fill=None):
         disk.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,{options}", "none", disk], check=True)
         process = launch(folder, name, save_steps=2, save_total_limit=1)
-        while fill and process.poll() is None and not re.search(r"\| 3/\d+ \[", printed(folder, name)):
+        while fill and process.poll() is None and not re.search(STEP_3, printed(folder, name)):
             time.sleep(0.01)
         if fill:
             (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - fill * 1_000_000))
@@ -188,7 +191,7 @@ def main():
             name = f"run{number}"
             status = fault(folder, name)
             said = printed(folder, name)
-            telling = r"^(?:Error: |Stopped by |A run with|No checkpoint|Verdict|!!! WARNING !!! step).*(?:\n  \w.*)?"
+            telling = r"^(?:Error: |Stopped by |A run with|No checkpoint|Verdict|!!! WARNING !!! step).*(?:\n  (?!to )\w.*)?"
             kept = re.findall(telling, said, re.M)
             assert not re.search(r'train_bert_rerank\.py", line', said) and not (folder / "code was run").exists(), said
             left = ", ".join(each.parent.name.removeprefix("checkpoint-").lstrip("0") for each in
