@@ -191,8 +191,8 @@ def main():
             name = f"run{number}"
             status = fault(folder, name)
             said = printed(folder, name)
-            telling = r"^(?:Error: |Stopped by |A run with|No checkpoint|Verdict|!!! WARNING !!! step).*(?:\n  (?!to )\w.*)?"
-            kept = re.findall(telling, said, re.M)
+            first_words = "Error: |Stopped by |A run with|No checkpoint|Verdict|!!! WARNING !!! step"
+            kept = re.findall(rf"^(?:{first_words}).*(?:\n  (?!to )\w.*)?", said, re.M)
             assert not re.search(r'train_bert_rerank\.py", line', said) and not (folder / "code was run").exists(), said
             left = ", ".join(each.parent.name.removeprefix("checkpoint-").lstrip("0") for each in
                              sorted((folder / name / "unfinished_run").glob("checkpoint-*/state.pt"))) or "none"

@@ -27,7 +27,8 @@ def run_to(folder, name, stops, processes, **settings):
     for step in [*stops, None]:
         with open(folder / f"{name}.txt", "ab") as log:
             process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
-        while step and process.poll() is None and not re.search(rf"Training: [^\r\n]*\| {step}/\d+ \[", printed(folder, name)):
+        is_done = re.compile(rf"Training: [^\r\n]*\| {step}/\d+ \[")
+        while step and process.poll() is None and not is_done.search(printed(folder, name)):
             time.sleep(0.02)
         if step:
             process.send_signal(signal.SIGTERM)
