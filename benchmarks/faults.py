@@ -34,16 +34,14 @@ def launch(folder, name, processes=1, **settings):
 STEP_3 = r"Training: [^\r\n]*\| 3/\d+ \["
 
 
-def stopped(*numbers, at=STEP_3, processes=1, to=lambda process: [process.pid]):
-    """A fault: a run that receives the signals `numbers`, 5.5 s apart, once it has printed `at`."""
+def stopped(number, at=STEP_3, processes=1, to=lambda process: [process.pid]):
+    """A fault: a run that receives the signal `number` once it has printed `at`."""
     def fault(folder, name):
         process = launch(folder, name, processes, save_steps=2)
         while process.poll() is None and not re.search(at, printed(folder, name)):
             time.sleep(0.01)
-        for index, number in enumerate(numbers):
-            time.sleep(5.5 * (index > 0))
-            for each in to(process):
-                os.kill(each, number)
+        for each in to(process):
+            os.kill(each, number)
         return process.wait()
     return fault
 
@@ -81,7 +79,8 @@ def on_disk(megabytes, options="rw", fill=None):
         if fill:
             (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - fill * 1_000_000))
         status = process.wait()
-        (disk / "other").unlink(missing_ok=True)
+        if fill:
+            (disk / "other").unlink()
         return status
     return fault
 
@@ -149,7 +148,6 @@ FAULTS = {  # what happens: the fault, and whether the run is then gone on with
     "SIGINT (Ctrl-C) while training": (stopped(signal.SIGINT), True),
     "SIGUSR1 while training": (stopped(signal.SIGUSR1), True),
     "SIGTERM during an evaluation": (stopped(signal.SIGTERM, at=SCORING), True),
-    "SIGTERM, and another 5.5 s later": (stopped(signal.SIGTERM, signal.SIGTERM), True),
     "SIGTERM before training": (stopped(signal.SIGTERM, at="Training Args"), True),
     "SIGKILL while training": (stopped(signal.SIGKILL), True),
     "two processes: SIGTERM to torchrun": (stopped(signal.SIGTERM, processes=2), False),
