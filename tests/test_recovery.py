@@ -261,6 +261,13 @@ def test_cut_off_before_any_change_of_the_disk_the_next_run_ends_with_the_same_b
             assert found.exists() and (found.name == "run.json" or found.read_bytes() == content), (point, found)
 
 
+def test_killed_five_times_at_random_a_run_ends_with_the_same_bits():
+    command = [sys.executable, ROOT / "benchmarks" / "soak_kill.py", "--kills", "5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and '{"kills": 5, "unusable states": 0, ' in done.stdout, done.stdout + done.stderr
+
+
 # ---- What a checkpoint is --------------------------------------------------------------------------------------------
 def test_by_default_each_epoch_ends_with_a_checkpoint_and_the_newest_two_are_kept(settings, train_until, tmp_path):
     folder = tmp_path / "out" / "unfinished_run"
