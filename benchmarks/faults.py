@@ -1,6 +1,7 @@
 """What goes wrong on purpose, what the script says then, what is left, and whether the run goes on to the same bits.
 
-    python benchmarks/faults.py     # prints the table of benchmarks/faults.md
+    python benchmarks/faults.py                   # prints the table of benchmarks/faults.md
+    python benchmarks/faults.py "a checkpoint"    # only the rows with these words
 
 Real command lines, signals, file systems and processes. Those with a file system of their own need root and Linux."""
 
@@ -126,8 +127,7 @@ def other_model(part):
 def spoilt(write):
     """A change: the newest checkpoint's file is spoilt."""
     def change(folder):
-        [*_, newest] = sorted(folder.glob("*/unfinished_run/checkpoint-*/state.pt"))
-        write(newest)
+        write(max(folder.glob("*/unfinished_run/checkpoint-*/state.pt"), key=lambda each: each.stat().st_mtime))
         return {}
     return change
 
@@ -185,7 +185,8 @@ def main():
         (folder / "eval.jsonl").write_text("\n".join(rows), encoding="utf-8")
         launch(folder, "whole").wait()
         whole, are_same = bits(folder / "whole"), True
-        for number, (what, (fault, is_gone_on_with)) in enumerate(FAULTS.items()):
+        wanted = {what: fault for what, fault in FAULTS.items() if all(words in what for words in sys.argv[1:])}
+        for number, (what, (fault, is_gone_on_with)) in enumerate(wanted.items()):
             name = f"run{number}"
             status = fault(folder, name)
             said = printed(folder, name)
