@@ -798,7 +798,8 @@ def load_checkpoint(folder, args, facts):
             saved["best_weights"] = torch.load(best, "cpu", weights_only=True)
         old = {**saved["facts"], **saved["facts"]["identity"], **saved["args"]}
     except Exception as error:  # torch.load raises a dozen types for files that are not what it expects
-        raise UserError(f"{folder} and the best weights beside it cannot be read: {type(error).__name__}: {error}\n"
+        raise UserError(f"{folder} and the best weights beside it cannot be read: {type(error).__name__}: "
+                        f"{str(error).partition('. ')[0]}\n"
                         "(Of several machines each has to see output_dir.)") from error
     strict = {key: value for key, value in args.items() if key not in NAMES + NEUTRAL}
     if other := changes(old, {**strict, **facts["identity"]}):
