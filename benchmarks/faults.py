@@ -202,7 +202,8 @@ def main():
                 are_same &= is_same
                 ended = "yes" if is_same else "NO"
             shown = " … ".join(kept[:1] + kept[-1:] if len(kept) > 1 else kept).replace("|", "/").replace("\n", " ")
-            shown = re.sub(r"\w{64}", lambda found: f"{found[0][:8]}…", shown.replace(f"{folder}/", "").replace(f"{ROOT}/", ""))
+            shown = re.sub(r"\w{64}", lambda found: f"{found[0][:8]}…", shown)
+            shown = shown.replace(f"{folder}/", "").replace(f"{ROOT}/", "")
             print(f"| {what} | {status} | {shown[:300]} | {left} | {ended} |", flush=True)
             if (folder / name).is_mount():
                 subprocess.run(["umount", folder / name], check=True)
