@@ -13,6 +13,8 @@ import math
 import os
 import platform
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,8 @@ import sys
 import threading
 import time
 import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from difflib import get_close_matches
@@ -27,13 +31,14 @@ from functools import partial
 from importlib.metadata import version
 from itertools import compress, islice, zip_longest
 from pathlib import Path
+from textwrap import indent
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, release_memory, set_seed
-from huggingface_hub import HfApi, errors, try_to_load_from_cache
+from huggingface_hub import EvalResult, HfApi, ModelCardData, errors, try_to_load_from_cache
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
@@ -42,7 +47,7 @@ LONGEST_LINE = 16 << 20  # bytes; the tokenizer takes 60 times as much memory an
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # torchrun and accelerate launch set RANK
 RESULTS = ["final_model", "fine_tuned_model", "logs", "loss_curve.png", "score_distribution.png", "eval_report.json",
            "predictions.jsonl", "rows_to_check.jsonl", "run.json"]  # moved in this order: run.json marks a finished run
-received_signals = []  # (number, time) of those that a training loop is to act on
+received_signals: list[tuple[int, float]] = []  # (number, time) of those that a training loop is to act on
 DIGITS = "[0-9]" * 8  # of a step, in the names of checkpoints and best weights
 MICRO_BATCH_COST = {"cpu": 16, "cuda": 256, "mps": 256}  # what one more micro-batch costs, in padded tokens
 MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 4096}  # micro_batch_tokens "auto" without a memory of the device's own
@@ -103,12 +108,12 @@ def whole_file(path):
 
 
 # ---- Reproducibility -------------------------------------------------------------------------------------------------
-def seed_everything(seed):
+def seed_everything(seed: int) -> None:
     """Seed random, numpy, torch and CUDA and turn on determinism; call it before CUDA starts, for cuBLAS's variable."""
     set_seed(seed, deterministic=True)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # of no use here
     workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if torch.cuda.is_available() and workspace not in (":4096:8", ":16:8"):
         say(f"CUBLAS_WORKSPACE_CONFIG={workspace} is not deterministic to PyTorch: :4096:8 is used instead.")
@@ -157,7 +162,7 @@ class BertRerankerModel(torch.nn.Module):
         first_token_only(model)
 
     @classmethod
-    def from_pretrained(cls, model_name_or_path, revision=None, trust_remote_code=False):
+    def from_pretrained(cls, model_name_or_path: str, revision: str | None = None, trust_remote_code: bool = False):
         """Load as fp32 from a folder, else a complete local cache, else the hub; UserError where none has the model."""
         name, options = model_name_or_path, {"revision": revision, "trust_remote_code": trust_remote_code}
         for local_only in (True, False):
@@ -195,18 +200,23 @@ class BertRerankerModel(torch.nn.Module):
             raise UserError(f"{name} or its config.json lacks {len(lost)} weights of its encoder: {lost[0]} …")
         return cls(model.float(), tokenizer, new_weights)  # a checkpoint in fp16 is trained in fp32 too
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write model (safetensors) and tokenizer as transformers does; the inverse of from_pretrained."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     @property
-    def max_len(self):
+    def max_len(self) -> int:
         """Tokens that a pair may have, special tokens included (of XLM-R's 514 positions 512 are usable)."""
         tables = [module for name, module in self.model.named_modules()
                   if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)]
         usable = [each.num_embeddings - (0 if each.padding_idx is None else each.padding_idx + 1) for each in tables]
         return min(int(self.tokenizer.model_max_length), 10**9, *usable)
+
+    @property
+    def formats(self):
+        """query_format and document_format as the config holds them."""
+        return [getattr(self.model.config, key, "{}") for key in ("query_format", "document_format")]
 
     @property
     def plain_tokenizer(self):
@@ -220,10 +230,9 @@ class BertRerankerModel(torch.nn.Module):
         query only where it leaves no room, down to room for one token of the document."""
         tokenizer, pairs = self.plain_tokenizer, iter(pairs)  # transformers' "only_second" raises at too long a query
         room = max_len - tokenizer.num_special_tokens_to_add(is_pair=True)
-        formats = [getattr(self.model.config, key, "{}") for key in ("query_format", "document_format")]
         while chunk := list(islice(pairs, 1000)):
             sides = [tokenizer.encode_batch_fast([form.replace("{}", text) for text in texts], add_special_tokens=False)
-                     for form, texts in zip(formats, zip(*chunk, strict=True), strict=True)]
+                     for form, texts in zip(self.formats, zip(*chunk, strict=True), strict=True)]
             for query, document in zip(*sides, strict=True):
                 cut = (len(query) + len(document) > room) * (1 + (len(query) >= room))
                 if cut:
@@ -244,11 +253,11 @@ class BertRerankerModel(torch.nn.Module):
             batch["token_type_ids"] = (positions >= boundaries) * batch["attention_mask"]
         return batch
 
-    def preprocess(self, pairs, max_len=512):
+    def preprocess(self, pairs: Sequence, max_len: int = 512) -> dict[str, torch.Tensor]:
         """Tokenise and pad B (query, document) pairs: a dict of tensors [B, T] with T at most `max_len`."""
         return self.collate(list(self.encode(pairs, max_len)))
 
-    def forward(self, batch, labels=None):
+    def forward(self, batch: dict[str, torch.Tensor], labels: torch.Tensor | None = None) -> dict:
         """Return {"logits": [B, 1], "loss": mean BCE with logits against `labels` [B] in [0, 1], or None}."""
         device, is_cuda = self.model.device, self.model.device.type == "cuda"
         def move(tensor):  # from pinned memory, without waiting: the GPU computes while the next batch is made
@@ -274,8 +283,8 @@ class BertRerankerModel(torch.nn.Module):
         logits = accelerator.reduce(logits, "sum") if accelerator else logits
         return None if logits[-1] else logits[:-1]
 
-    def predict(self, inputs, batch_size=32, show_progress_bar=None, activation_fn=None, convert_to_numpy=True,
-                convert_to_tensor=False):
+    def predict(self, inputs: Sequence, batch_size: int = 32, show_progress_bar: bool | None = None,
+                activation_fn: Callable | None = None, convert_to_numpy: bool = True, convert_to_tensor: bool = False):
         """Scores [N] of N (query, document) pairs, or of one: arguments and results as in CrossEncoder.predict.
         `activation_fn` None is the sigmoid; pairs of over `self.max_len` tokens lose the end of their document."""
         is_single = len(inputs) > 0 and isinstance(inputs[0], str)
@@ -286,32 +295,41 @@ class BertRerankerModel(torch.nn.Module):
             scores = scores.cpu().numpy() if convert_to_numpy else list(scores)
         return scores[0] if is_single else scores
 
-    def rank(self, query, documents, top_k=None, return_documents=False, **predict_options):
+    def rank(self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False,
+             batch_size: int = 32, show_progress_bar: bool | None = None,
+             activation_fn: Callable | None = None) -> list[dict]:
         """Documents, best first, as [{"corpus_id", "score"[, "text"]}]: as in CrossEncoder.rank."""
-        scores = self.predict([(query, document) for document in documents], **predict_options).tolist()
-        order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:top_k]
-        texts = [{"text": document} if return_documents else {} for document in documents]
-        return [{"corpus_id": index, "score": scores[index], **texts[index]} for index in order]
+        scores = self.predict([(query, each) for each in documents], batch_size, show_progress_bar, activation_fn)
+        hits = [{"corpus_id": index, "score": score, **({"text": documents[index]} if return_documents else {})}
+                for index, score in enumerate(scores.tolist())]
+        return sorted(hits, key=lambda hit: hit["score"], reverse=True)[:top_k]
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
 def parse_line(line, min_label, max_label):
-    """The (query, content, label) rows of a JSONL line; ValueError says what is wrong. The shapes: {"query", "content",
-    "label"}, {"query", "pos": […], "neg": […]}, {"query", "hits": [{"content", "label"}, …]}."""
+    """The shape and the (query, content, label) rows of a JSONL line; ValueError says what is wrong. The shapes:
+    {"query", "content", "label"} and {"query", "hits": [{"content", "label"}, …]}, RAG-Retrieval's two, and {"query",
+    "pos": […], "neg": […]}, FlagEmbedding's, where "pos_scores" and "neg_scores", if there, are the labels."""
     try:
         sample = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError as well
         raise ValueError(f"not JSON in UTF-8 ({str(error).replace('line 1 column', 'column')})") from error
     if not isinstance(sample, dict):
         raise ValueError("not a JSON object")
-    if sum(any(key in sample for key in shape) for shape in (("content",), ("pos", "neg"), ("hits",))) > 1:
-        raise ValueError("two shapes at once: keep either content, or pos and neg, or hits")
-    lists = [sample.get(key, []) for key in ("pos", "neg", "hits")]
-    if not all(isinstance(each, list) for each in lists) or not all(isinstance(hit, dict) for hit in lists[2]):
+    found = {key for key, value in sample.items() if value is not None}
+    shapes = [names for names in (("content", "label"), ("pos", "neg", "pos_scores", "neg_scores"), ("hits",))
+              if found & {*names}]
+    if len(shapes) > 1:
+        raise ValueError("two shapes at once: keep either content and label, or pos and neg, or hits")
+    pos, neg, hits, *scores = (sample.get(key) or [] for key in ("pos", "neg", "hits", "pos_scores", "neg_scores"))
+    if not all(isinstance(each, list) for each in (pos, neg, hits, *scores)) or (
+            not all(isinstance(hit, dict) for hit in hits)):
         raise ValueError('pos and neg should be lists of texts, hits a list of {"content": "…", "label": 1}')
-    hits = [{"content": text, "label": label} for texts, label in zip(lists, (max_label, min_label), strict=False)
-            for text in texts] or lists[2] or [sample]
-    rows = [(sample.get("query"), hit.get("content"), hit.get("label")) for hit in hits]
+    if any(scores) and [len(each) for each in scores] != [len(pos), len(neg)]:
+        raise ValueError("pos_scores and neg_scores should have a number for each text of pos and neg")
+    labels = scores[0] + scores[1] or [max_label] * len(pos) + [min_label] * len(neg)
+    rows = [(sample.get("query"), *pair) for pair in zip(pos + neg, labels, strict=True)]
+    rows += [(sample.get("query"), hit.get("content"), hit.get("label")) for hit in hits or [sample] * (not rows)]
     for query, content, label in rows:
         for key, text in (("query", query), ("content", content)):
             if not isinstance(text, str):
@@ -324,29 +342,35 @@ def parse_line(line, min_label, max_label):
             raise ValueError("label is missing" if label is None else f"label is {json.dumps(label)[:40]}: {advice}")
         if not min_label <= label <= max_label:  # true for NaN and infinity as well
             raise ValueError(f"label {str(label)[:40]} is outside [{min_label}, {max_label}] (min_label, max_label)")
-    return rows
+    return ", ".join(["query", *(key for key in shapes[0] if key in found)]), rows
 
 
 def read_rows(path, min_label, max_label, digest=None):
     """Yield (query, content, label, line) of each row of a JSONL file, plain or gzip. UserError after the last line:
     the first ten bad ones. With `digest` a bar is shown, and all bytes go into the digest."""
-    bad, bad_count = "", 0
+    bad, bad_count, shapes = "", 0, Counter()
+    foreign = ("\nData of another shape (CSV, TSV, parquet, other keys, a data set's folder): "
+               f"python tools/convert_data.py {shlex.quote(path)} --output {shlex.quote(Path(path).stem)}_rows.jsonl")
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError("no regular file: save it as one")  # a FIFO would be waited for
+        if os.path.exists(path) and not os.path.isfile(path):  # a FIFO would be waited for
+            raise OSError("no regular file: save it as one" + foreign * os.path.isdir(path))
         with open(path, "rb") as raw, tqdm(desc="Loading data", total=os.path.getsize(path), unit="B", unit_scale=True,
                                            disable=not (digest and IS_MAIN_PROCESS)) as bar:
             is_gzip = raw.peek(2)[:2] == b"\x1f\x8b"
             file = gzip.GzipFile(fileobj=raw) if is_gzip else raw
             for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), start=1):
                 if len(line) > LONGEST_LINE:
-                    raise UserError(f"{path}: line {number} is longer than {LONGEST_LINE >> 20} MB. {ADVICE}")
+                    raise UserError(f"{path}: line {number} is longer than {LONGEST_LINE >> 20} MB. {ADVICE}{foreign}")
                 if digest:
                     digest.update(line)
                     bar.update(raw.tell() - bar.n)
                 line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip()
+                if not line:
+                    continue
                 try:
-                    yield from ((*row, number) for row in parse_line(line, min_label, max_label)) if line else ()
+                    shape, rows = parse_line(line, min_label, max_label)
+                    shapes[shape] += 1
+                    yield from ((*row, number) for row in rows)
                 except ValueError as error:
                     bad_count += 1
                     bad += f"\n  line {number}: {error}" if bad_count <= 10 else ""
@@ -354,7 +378,10 @@ def read_rows(path, min_label, max_label, digest=None):
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if bad:
         more = f"\n  … and {bad_count - 10} more" * (bad_count > 10)
-        raise UserError(f"{path}: {bad_count} bad line{'s' * (bad_count > 1)}{bad}{more}\n{ADVICE}")
+        bad += f"{more}\n{ADVICE}{'' if shapes else foreign}"
+        raise UserError(f"{path}: {bad_count} bad line{'s' * (bad_count > 1)}{bad}")
+    if digest and shapes:
+        say(f"{path}: " + ", ".join(f"{count} lines of {{{shape}}}" for shape, count in shapes.items()))
 
 
 def fingerprints(query, content):
@@ -635,9 +662,10 @@ def host_copy(model):
     return {name: each.detach().to("cpu", copy=True) for name, each in model.named_parameters() if each.requires_grad}
 
 
-def set_weights(model, fine_tuned, base, base_interpolation):
-    """Put (1 − w) · fine-tuned + w · base weights into `model`, one tensor after the other (WiSE-FT, Wortsman et al.
-    2022; LM-Cocktail, Xiao et al. 2024). 0 and 1 give exactly the one and the other."""
+def set_weights(model, weights, base_interpolation):
+    """Put (1 − w) · fine-tuned + w · base of `weights`, (fine-tuned, base), into `model`, one tensor after the other
+    (WiSE-FT, Wortsman et al. 2022; LM-Cocktail, Xiao et al. 2024). 0 and 1 give exactly the one and the other."""
+    fine_tuned, base = weights
     for name, tuned in fine_tuned.items():
         model.get_parameter(name).data.copy_(torch.lerp(tuned, base[name], base_interpolation))
 
@@ -1003,9 +1031,8 @@ def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, run_dir, a
             accelerator.scaler.load_state_dict(state["scaler"])
         state["row_sums"] = state["row_sums"] * IS_MAIN_PROCESS  # those of all processes, once
         evaluations = {each["step"]: each["logged"] for each in state["candidates"]}
-        accelerator.log(evaluations.get(0, {}), step=0)
-        for step, _, loss, lr, grad_norm in state["history"]:
-            scalars = {"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}
+        for step, _, *values in [(0, 0), *state["history"]]:
+            scalars = dict(zip(("train/loss", "train/lr", "train/grad_norm"), values, strict=False))
             accelerator.log({**scalars, **evaluations.get(step, {})}, step=step)
     save = partial(save_checkpoint, accelerator, model, optimizer, run_dir, args["save_total_limit"], state)
     windows = (each for _ in range(args["epochs"]) for each in epoch_windows(len(train_data), samples_per_step, order))
@@ -1051,7 +1078,7 @@ def fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, run_dir, a
     if state["overflows"]:
         say(f"{state['overflows']} steps were left out by the fp16 scaler, as is usual while it finds its scale.")
     for mix in args["base_interpolation"] if base_weights and not model.new_weights else ():
-        set_weights(model, state["best_weights"], base_weights, mix)
+        set_weights(model, (state["best_weights"], base_weights), mix)
         step, epoch = state["best_step"], math.ceil(state["best_step"] / steps_per_epoch)
         candidates.append(evaluate(accelerator, model, eval_data, args, state["max_tokens"], step, epoch, mix))
     state["row_sums"] = accelerator.reduce(state["row_sums"].to(accelerator.device), "sum").cpu().numpy()
@@ -1129,21 +1156,21 @@ def write_rows_to_check(path, dataset, row_sums):
     write_rows(path, dataset, chosen, mean_probability=means[chosen])
 
 
-def say_verdict(report, args):
-    """Print all metrics, then what final_model holds, and last the verdict and what to try next."""
+def verdict_text(report, args):
+    """All metrics, then what final_model holds, and last the verdict and what to try next, as lines."""
     before, tuned, delta, metric = report["before"], report["fine_tuned"], report["delta"], report["metric"]
-    for key in [key for key in METRICS if before[key] is not None]:
-        change = f" → {tuned[key]:.4f}, {tuned[key] - before[key]:+.4f}" if args["epochs"] else ""
-        say(f"{key:17}  {before[key]:.4f}{change}")
+    keys = [key for key in METRICS if before[key] is not None]
     if not args["epochs"]:
-        return
-    if report["chosen"] == "base":
-        say(f"!!! FINE-TUNING DID NOT HELP !!! final_model holds {args['model_name_or_path']} with unchanged weights; "
-            "the fine-tuned ones, in fine_tuned_model, rank these queries worse.")
+        return "\n".join(f"{key:17}  {before[key]:.4f}" for key in keys)
+    lines = [f"{key:17}  {before[key]:.4f} → {tuned[key]:.4f}, {tuned[key] - before[key]:+.4f}" for key in keys]
+    chosen = report["chosen"]
+    if chosen == "base":
+        lines += [f"!!! FINE-TUNING DID NOT HELP !!! final_model holds {args['model_name_or_path']} with unchanged "
+                  "weights; the fine-tuned ones, in fine_tuned_model, rank these queries worse."]
     else:
-        say("final_model: step {step}, with {base_interpolation:.0%} of the base mixed in.".format(**report["chosen"]))
+        lines += [f"final_model: step {chosen['step']}, with {chosen['base_interpolation']:.0%} of the base mixed in."]
         if tuned[metric] < before[metric] - 1e-9:
-            say("!!! WARNING !!! final_model ranks these queries worse than the base.")
+            lines += ["!!! WARNING !!! final_model ranks these queries worse than the base."]
     counts = {"up": delta["queries_up"], "down": delta["queries_down"], "left out": report["queries_left_out"] or None}
     counts = ", ".join(f"{count} {key}" for key, count in counts.items() if count is not None)
     found = f"{report['queries']} queries" + f" ({counts})" * (counts != "")
@@ -1157,7 +1184,78 @@ def say_verdict(report, args):
         "worse": ("WORSE", f"look for wrong labels; then a lower lr than {args['lr']} or fewer epochs"),
         "too few": ("too few queries to tell", "evaluate on more: 20 or more, better 100, of which 6 or more change"),
     }[report["verdict"]]
-    say(f"Verdict: {verdict}. {found}.\nNext: {advice}.")
+    return "\n".join([*lines, f"Verdict: {verdict}. {found}.", f"Next: {advice}."])
+
+
+def language_of(texts):
+    """"ja", "ko" or "zh" by the script of `texts`, "en" by its commonest words; None where it is none of them."""
+    text = " ".join(texts).lower()
+    for code, script in {"ja": "[\u3040-\u30ff]", "ko": "[\uac00-\ud7a3]", "zh": "[\u4e00-\u9fff]"}.items():
+        if len(re.findall(script, text)) * 10 > sum(map(str.isalpha, text)):
+            return code
+    words, common = re.findall(r"\w+", text), {"the", "and", "of", "to", "with", "what", "how", "are", "this", "from"}
+    return "en" if sum(word in common for word in words) * 10 > len(words) else None
+
+
+def write_model_card(folder, model, report, args, facts, verdict):
+    """Write README.md: metadata as the hub reads it, the verdict, use in four libraries, settings. It names no path."""
+    name, formats, is_local = args["model_name_or_path"], model.formats, Path(args["model_name_or_path"]).is_dir()
+    base, title = Path(name).name if is_local else name, Path(args["output_dir"]).resolve().name
+    settings = {key: value for key, value in {**args, "model_name_or_path": base, **facts["versions"]}.items()
+                if key not in ("train_dataset", "eval_dataset", "output_dir", "resume_from_checkpoint")}
+    results = [EvalResult("text-ranking", "custom", Path(report["dataset"]).name, key, round(value, 4))
+               for key, value in report["after"].items() if value is not None] if report else None
+    card = ModelCardData(language=facts["language"], base_model=None if is_local else name, pipeline_tag="text-ranking",
+                         library_name="sentence-transformers", tags=["cross-encoder", "reranker", "train_bert_rerank"],
+                         model_name=title, eval_results=results)
+    query, document = (side if form == "{}" else f"{form!r}.replace('{{}}', {side})"
+                       for form, side in zip(formats, ("query", "document"), strict=True))
+    text = f"""---\n{card.to_yaml()}\n---
+
+# {title}
+
+A cross-encoder for reranking: {base}, {"unchanged" if report and report["chosen"] == "base" else "fine-tuned"}.
+
+```
+{verdict}
+```
+
+## Usage
+
+Queries read `{formats[0]}` and documents `{formats[1]}`, with the text for `{{}}`. train_bert_rerank writes them so by
+itself, and cuts documents to fit, never the query; to other libraries pass texts that are written so.
+
+```python
+from train_bert_rerank import BertRerankerModel
+from sentence_transformers import CrossEncoder
+from FlagEmbedding import FlagReranker
+from transformers import pipeline
+
+query, documents, folder = "…", ["…", "…"], "final_model"  # or its name on the hub
+print(BertRerankerModel.from_pretrained(folder).rank(query, documents))
+pairs = [({query}, {document}) for document in documents]
+print(CrossEncoder(folder).predict(pairs))
+print(FlagReranker(folder, normalize=True, max_length={model.tokenizer.model_max_length}).compute_score(pairs))
+classify = pipeline("text-classification", folder, truncation="only_second")
+print(classify([{{"text": one, "text_pair": other}} for one, other in pairs]))
+```
+
+## Training
+
+```
+{chr(10).join(f"{key}: {value}" for key, value in settings.items())}
+```
+"""
+    (folder / "README.md").write_text(printable(text), "utf-8")
+
+
+def log_outcome(accelerator, run_dir, step, verdict):
+    """Put the verdict and the pictures beside the logged scalars."""
+    from matplotlib.image import imread
+    accelerator.log({"verdict": indent(verdict, "    ")}, step=step)  # indented: not to be read as Markdown
+    images = {path.stem: imread(path)[None, ..., :3] for path in run_dir.glob("*.png")} if IS_MAIN_PROCESS else {}
+    for tracker in accelerator.trackers:  # of images [1, height, width, RGB]
+        tracker.log_images(images, step, **({"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}))
 
 
 def load_base(args):
@@ -1169,7 +1267,10 @@ def load_base(args):
     if max_len > model.max_len:
         raise UserError(f"max_len {max_len}: {name} takes {model.max_len} (positions, model_max_length)", exit_status=2)
     model.tokenizer.model_max_length = max_len
-    model.model.config.update({key: args[key] for key in ("query_format", "document_format") if args[key] != "{}"})
+    formats = {key: args[key] for key in ("query_format", "document_format") if args[key] != "{}"}
+    sigmoid = {"activation_fn": "torch.nn.modules.activation.Sigmoid"}  # for CrossEncoder and, below, pipelines
+    vars(model.model.config).pop("sbert_ce_default_activation_function", None)
+    model.model.config.update({**formats, "sentence_transformers": sigmoid, "problem_type": None})
     return model
 
 
@@ -1210,6 +1311,7 @@ def prepare(args, run_dir, checkpoint):
     with state.local_main_process_first():  # it writes what the others then find
         train_data, eval_data = (RerankDataset(rows, paths, part, model, args)
                                  for part, rows in (("train", train_rows), ("eval", eval_rows)))
+    facts["language"] = language_of(query for query, _ in islice(train_data.pairs(), 500))
     wanted = args["metric_for_best_model"].replace("auto", "ndcg@10 average_precision").split()
     eval_data.lists = candidate_lists(eval_rows["query"].tolist(), eval_data.labels.numpy())
     eval_data.metric = next((metric for metric in wanted if eval_data.lists[metric]), None)
@@ -1244,8 +1346,10 @@ def prepare(args, run_dir, checkpoint):
     accelerator = Accelerator(cpu=state.device.type == "cpu", mixed_precision=facts["precision"],
                               log_with=args["log_with"] if args["epochs"] else None, project_dir=run_dir / "logs",
                               kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])  # constants
-    accelerator.init_trackers("train_bert_rerank", args if args["log_with"] == "wandb" else None,  # no lists
-                              {"wandb": {"dir": str(run_dir / "logs")}})
+    run_id = saved["run_id"] if saved else os.urandom(4).hex()
+    wandb = {"dir": str(run_dir / "logs"), "id": run_id, "resume": "allow" if saved else None}
+    accelerator.init_trackers("train_bert_rerank", args if args["log_with"] == "wandb" else None, {"wandb": wandb})
+    accelerator.log({"args": "\n".join(f"    {key}: {value!r}" for key, value in args.items())}, step=0)
     if args["gradient_checkpointing"]:
         name_of_4 = model.model.gradient_checkpointing_enable  # transformers 5.2x deprecates it
         getattr(model.model, "activation_checkpointing_enable", name_of_4)({"use_reentrant": False})
@@ -1264,13 +1368,13 @@ def prepare(args, run_dir, checkpoint):
         f"precision {facts['precision'].replace('no', 'fp32')}, processes: {state.num_processes}, "
         f"micro-batches of {max_tokens} tokens")
     fresh = {"step": 0, "best_step": 0, "best_weights": None, "bad_steps": 0, "overflows": 0, "history": [],
-             "candidates": [], "row_sums": torch.zeros(len(train_data), 2, dtype=torch.long)}
+             "candidates": [], "run_id": run_id, "row_sums": torch.zeros(len(train_data), 2, dtype=torch.long)}
     state = {**(saved or fresh), "args": args, "facts": facts}
     state["max_tokens"] = saved["max_tokens"] if is_same_bound else max_tokens
     return accelerator, wrapped, optimizer, train_data, eval_data if eval_data.metric else None, state
 
 
-def train(args):
+def train(args: dict) -> dict:
     """Fine-tune as `args` says (keys left out take their values in main()), or with 0 epochs evaluate alone. Returns
     what run.json holds (not with 0 epochs) and, as "report", what eval_report.json holds (None without evaluation)."""
     args = check_settings(args)
@@ -1297,7 +1401,7 @@ def train(args):
         report, *_ = judge([base], eval_data, args)
         if IS_MAIN_PROCESS:
             write_evaluation(run_dir, eval_data, report, {"the model as it is": base["scores"]})
-        say_verdict(report, args)
+        say(verdict_text(report, args))
         return {"report": report}
     shifted = fit_bias(accelerator, model, train_data, max_tokens)
     clock.append(time.perf_counter())
@@ -1305,27 +1409,30 @@ def train(args):
     weights = fine_tune(accelerator, wrapped, optimizer, train_data, eval_data, run_dir, args, state)
     clock.append(time.perf_counter())
     say("Training finished! Saving model ...")
-    report, best, after = judge(state["candidates"], eval_data, args) if eval_data else (None,) * 3
+    report, best, after = judge(state["candidates"], eval_data, args) if eval_data else ({}, {}, {})
+    verdict = verdict_text(report, args) if report else "Not evaluated: nothing is claimed about its ranking."
     if report:
         numbers = {f"eval/after/{key}": value for key, value in after["metrics"].items() if value is not None}
         accelerator.log({**numbers, "eval/delta": report["delta"]["mean"] or 0.0}, step=state["step"])
     if weights:
-        set_weights(model, *weights, best["base_interpolation"])
-    if report and best is base or not all(weight.isfinite().all() for weight in model.parameters()):
+        set_weights(model, weights, best["base_interpolation"])
+    if best is base or not all(weight.isfinite().all() for weight in model.parameters()):
         raise UserError(f"training left no finite weights: lower lr {args['lr']}, or mixed_precision no")
     if IS_MAIN_PROCESS:
-        size = sum(weight.nbytes for weight in model.parameters()) * (1 + (report is not None and after is base))
+        size = sum(weight.nbytes for weight in model.parameters()) * (1 + (after is base))
         require_space(run_dir, size, "The model")
-        if report and after is base:
+        if after is base:
             model.save_pretrained(run_dir / "fine_tuned_model")
-            set_weights(model, *weights, 1.0)
+            set_weights(model, weights, 1.0)
             model.load_state_dict(shifted, strict=False)  # the base as it was
         model.save_pretrained(run_dir / "final_model")
+        write_model_card(run_dir / "final_model", model, report, args, state["facts"], verdict)
         draw_loss_curve(state["history"], report, run_dir / "loss_curve.png")
         write_rows_to_check(run_dir / "rows_to_check.jsonl", train_data, state["row_sums"])
         if report:
             scores = {"before: base model": base["scores"], "after: final_model": after["scores"]}
             write_evaluation(run_dir, eval_data, report, scores)
+    log_outcome(accelerator, run_dir, state["step"], verdict)
     say("Model saved successfully!")
     rss = importlib.import_module("resource").getrusage(0).ru_maxrss * 1024 if sys.platform == "linux" else None
     run = {"args": args, **state["facts"], "micro_batch_tokens": state["max_tokens"],
@@ -1341,8 +1448,8 @@ def train(args):
             file.write(json.dumps(run, indent=2, ensure_ascii=False).encode())
         publish(run_dir)
     if report:
-        say_verdict(report, args)
-    return {**run, "report": report}
+        say(verdict)
+    return {**run, "report": report or None}
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
