@@ -316,12 +316,12 @@ def parse_line(line, min_label, max_label):
         raise ValueError(f"not JSON in UTF-8 ({str(error).replace('line 1 column', 'column')})") from error
     if not isinstance(sample, dict):
         raise ValueError("not a JSON object")
-    found = {key for key, value in sample.items() if value is not None}
+    sample = {key: value for key, value in sample.items() if value is not None}
     shapes = [names for names in (("content", "label"), ("pos", "neg", "pos_scores", "neg_scores"), ("hits",))
-              if found & {*names}]
+              if {*names} & {*sample}]
     if len(shapes) > 1:
         raise ValueError("two shapes at once: keep either content and label, or pos and neg, or hits")
-    pos, neg, hits, *scores = (sample.get(key) or [] for key in ("pos", "neg", "hits", "pos_scores", "neg_scores"))
+    pos, neg, hits, *scores = (sample.get(key, []) for key in ("pos", "neg", "hits", "pos_scores", "neg_scores"))
     if not all(isinstance(each, list) for each in (pos, neg, hits, *scores)) or (
             not all(isinstance(hit, dict) for hit in hits)):
         raise ValueError('pos and neg should be lists of texts, hits a list of {"content": "…", "label": 1}')
@@ -342,7 +342,7 @@ def parse_line(line, min_label, max_label):
             raise ValueError("label is missing" if label is None else f"label is {json.dumps(label)[:40]}: {advice}")
         if not min_label <= label <= max_label:  # true for NaN and infinity as well
             raise ValueError(f"label {str(label)[:40]} is outside [{min_label}, {max_label}] (min_label, max_label)")
-    return ", ".join(["query", *(key for key in shapes[0] if key in found)]), rows
+    return ", ".join(["query", *(key for key in shapes[0] if key in sample)]), rows
 
 
 def read_rows(path, min_label, max_label, digest=None):
@@ -350,7 +350,7 @@ def read_rows(path, min_label, max_label, digest=None):
     the first ten bad ones. With `digest` a bar is shown, and all bytes go into the digest."""
     bad, bad_count, shapes = "", 0, Counter()
     foreign = ("\nData of another shape (CSV, TSV, parquet, other keys, a data set's folder): "
-               f"python tools/convert_data.py {shlex.quote(path)} --output {shlex.quote(Path(path).stem)}_rows.jsonl")
+               f"python tools/convert_data.py {shlex.quote(path)} --output {shlex.quote(Path(path).stem + '_rows.jsonl')}")
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # a FIFO would be waited for
             raise OSError("no regular file: save it as one" + foreign * os.path.isdir(path))
@@ -381,7 +381,7 @@ def read_rows(path, min_label, max_label, digest=None):
         bad += f"{more}\n{ADVICE}{'' if shapes else foreign}"
         raise UserError(f"{path}: {bad_count} bad line{'s' * (bad_count > 1)}{bad}")
     if digest and shapes:
-        say(f"{path}: " + ", ".join(f"{count} lines of {{{shape}}}" for shape, count in shapes.items()))
+        say(f"{path}: " + ", ".join(f"{count} × {{{shape}}}" for shape, count in shapes.items()))
 
 
 def fingerprints(query, content):

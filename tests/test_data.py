@@ -116,7 +116,16 @@ BAD_LINES = {
     "label_too_small": (line(label=-0.01), "label -0.01 is outside [0, 1] (min_label, max_label)"),
     "label_of_5000_digits": (b'{"query": "q", "content": "c", "label": ' + b"9" * 5000 + b"}", "not JSON"),
     "pos_a_text": (b'{"query": "q", "pos": "c", "neg": []}', "pos and neg should be lists"),
-    "neg_null": (b'{"query": "q", "pos": ["c"], "neg": null}', "pos and neg should be lists"),
+    "neg_a_number": (b'{"query": "q", "pos": ["c"], "neg": 0}', "pos and neg should be lists"),
+    "pos_scores_a_number": (b'{"query": "q", "pos": ["c"], "pos_scores": 1}', "pos and neg should be lists"),
+    "a_score_too_few": (
+        b'{"query": "q", "pos": ["c", "d"], "neg": [], "pos_scores": [1], "neg_scores": []}', "a number for each text"),
+    "pos_scores_alone": (b'{"query": "q", "pos": ["c"], "neg": ["d"], "pos_scores": [1]}', "a number for each text"),
+    "a_score_above_1": (
+        b'{"query": "q", "pos": ["c"], "neg": ["d"], "pos_scores": [1.5], "neg_scores": [0]}', "label 1.5 is outside"),
+    "a_score_null": (
+        b'{"query": "q", "pos": ["c"], "neg": ["d"], "pos_scores": [null], "neg_scores": [0]}', "label is missing"),
+    "label_and_pos": (b'{"query": "q", "pos": ["c"], "label": 1}', "two shapes at once"),
     "pos_with_a_blank_text": (b'{"query": "q", "pos": ["c", " "]}', "content is blank"),
     "neg_with_a_number": (b'{"query": "q", "pos": ["c"], "neg": [3]}', "content is no text: 3"),
     "pos_and_neg_empty": (b'{"query": "q", "pos": [], "neg": []}', "missing"),
@@ -311,6 +320,60 @@ def test_the_three_shapes_flatten_into_the_same_rows(read, low, high):
         assert read("\n".join(map(json.dumps, shape)).encode(), min_label=low, max_label=high) == as_rows(flat)
 
 
+FLAG_EMBEDDING = [  # with the keys that its own examples carry, null where a data set's export has nothing
+    {"query": "q", "pos": ["a"], "neg": ["b", "c"], "pos_scores": [0.9], "neg_scores": [0.25, 0], "prompt": "x"},
+    {"query": "q", "pos": ["d"], "neg": None, "pos_scores": None, "neg_scores": None, "type": "normal"},
+    {"query": "q", "pos": [], "neg": ["e"], "pos_scores": [], "neg_scores": []},
+]
+RAG_RETRIEVAL = [
+    {"query": "q", "content": "a", "label": 4},
+    {"query": "q", "hits": [{"content": "b", "label": 2}, {"content": "c", "label": 0.0, "rank": 3}]},
+]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize("samples, high, rows, said", [
+    (FLAG_EMBEDDING, 1, [("a", 0.9), ("b", 0.25), ("c", 0), ("d", 1), ("e", 0)],
+     "2 × {query, pos, neg, pos_scores, neg_scores}, 1 × {query, pos}"),
+    (RAG_RETRIEVAL, 4, [("a", 4), ("b", 2), ("c", 0.0)], "1 × {query, content, label}, 1 × {query, hits}"),
+], ids=["FlagEmbedding", "RAG-Retrieval"])  # fmt: skip
+def test_files_of_other_trainers_are_read_as_they_are_and_what_they_are_is_said(
+    tmp_path, capsys, samples, high, rows, said, pack
+):
+    path = tmp_path / "theirs.jsonl"
+    path.write_bytes(pack("\n".join(map(json.dumps, samples)).encode()))
+    assert [row[1:3] for row in read_rows(str(path), 0, high)] == rows
+    load_file(str(path), 0, check_settings({"max_label": high}))
+    assert capsys.readouterr().out.splitlines()[0] == f"{path}: {said}"
+
+
+FOREIGN = {
+    "csv": b"query,content,label\nq,c,1\n",
+    "other_keys": b'{"question": "q", "answer": "c"}\n',
+    "parquet": b"PAR1" + bytes(20) + b"PAR1",
+    "one_array": b'[{"query": "q", "content": "c", "label": 1}]',
+}
+
+
+@pytest.mark.parametrize("data", FOREIGN.values(), ids=FOREIGN)
+def test_a_file_of_another_shape_is_answered_with_the_command_that_converts_it(tmp_path, data):
+    path = tmp_path / "my data.v2.csv"
+    path.write_bytes(data)
+    with pytest.raises(UserError) as error:
+        list(read_rows(str(path), 0, 1))
+    command = f"python tools/convert_data.py '{path}' --output 'my data.v2_rows.jsonl'"
+    assert str(error.value).endswith(command)
+    path.write_bytes(GOOD + b"\n" + data)
+    with pytest.raises(UserError) as error:
+        list(read_rows(str(path), 0, 1))
+    assert "convert_data" not in str(error.value), "a mistake in a file of ours is no other shape"
+
+
+def test_a_data_sets_folder_is_answered_with_the_command_that_converts_it(tmp_path):
+    with pytest.raises(UserError, match="no regular file.*\n.*python tools/convert_data.py .* --output .*_rows.jsonl$"):
+        list(read_rows(str(tmp_path), 0, 1))
+
+
 def test_the_checksum_is_that_of_the_text_plain_or_gzip(tmp_path):
     text = b"\xef\xbb\xbf" + GOOD + b"\r\n\n" + GOOD
     for name, data in (("plain.jsonl", text), ("packed.jsonl", gzip.compress(text))):
@@ -321,15 +384,19 @@ def test_the_checksum_is_that_of_the_text_plain_or_gzip(tmp_path):
 
 # ---- What is said ----------------------------------------------------------------------------------------------------
 def test_the_label_distribution_of_the_default_data_is_printed_to_two_decimals(capsys):
-    load_file(str(ROOT / "default_train_data.jsonl"), 0, check_settings({}))
+    path = str(ROOT / "default_train_data.jsonl")
+    load_file(path, 0, check_settings({}))
     said = capsys.readouterr()
-    assert said.out == "----- Label Distribution -----\nLabel 0.00: 99 (50.00%)\nLabel 1.00: 99 (50.00%)\n"
+    assert said.out.splitlines() == [
+        f"{path}: 198 × {{query, content, label}}", "----- Label Distribution -----", "Label 0.00: 99 (50.00%)",
+        "Label 1.00: 99 (50.00%)",
+    ]  # fmt: skip
     assert "Loading data" in said.err
 
 
 def test_labels_that_print_alike_share_a_line_and_thirds_are_rounded(dataset, capsys):
     dataset(b"\n".join(line(label=label) for label in (0.731, 0.729, 1, 1.0, 0, 0.004)))
-    assert capsys.readouterr().out.splitlines()[1:] == [
+    assert capsys.readouterr().out.splitlines()[2:] == [
         "Label 0.00: 2 (33.33%)", "Label 0.73: 2 (33.33%)", "Label 1.00: 2 (33.33%)",
     ]  # fmt: skip
 
@@ -337,7 +404,7 @@ def test_labels_that_print_alike_share_a_line_and_thirds_are_rounded(dataset, ca
 def test_at_most_twenty_labels_are_listed_the_most_frequent_ones_in_ascending_order(dataset, capsys):
     labels = [index % 30 for index in range(70)]  # 0 to 9 three times, 10 to 29 twice
     dataset(b"\n".join(line(label=label) for label in labels), max_label=29)
-    listed = capsys.readouterr().out.splitlines()[1:]
+    listed = capsys.readouterr().out.splitlines()[2:]
     assert len(listed) == 20
     assert listed[:10] == [f"Label {label:.2f}: 3 (4.29%)" for label in range(10)]
     assert listed == sorted(listed, key=lambda text: float(text.split()[1].rstrip(":")))

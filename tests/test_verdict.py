@@ -389,15 +389,15 @@ def test_copies_of_the_weights_stay_as_they_were(weights):
 @pytest.mark.parametrize("share", [0, 0.0, 1, 1.0])
 def test_a_share_of_0_or_1_gives_the_fine_tuned_or_the_base_weights_to_the_bit(weights, share):
     model, fine_tuned, base = weights
-    set_weights(model, fine_tuned, base, 1.0 - share)
-    set_weights(model, fine_tuned, base, share)  # whatever stood there
+    set_weights(model, (fine_tuned, base), 1.0 - share)
+    set_weights(model, (fine_tuned, base), share)  # whatever stood there
     assert bits_of(model.state_dict()) == bits_of(base if share else fine_tuned)
 
 
 def test_a_share_between_mixes_every_weight(weights):
     model, fine_tuned, base = weights
     for share in (0.25, 0.75):
-        set_weights(model, fine_tuned, base, share)
+        set_weights(model, (fine_tuned, base), share)
         for name, tensor in model.state_dict().items():
             expected = (1 - share) * fine_tuned[name].double() + share * base[name].double()
             torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-6)
