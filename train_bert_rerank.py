@@ -350,7 +350,7 @@ def read_rows(path, min_label, max_label, digest=None):
     the first ten bad ones. With `digest` a bar is shown, and all bytes go into the digest."""
     bad, bad_count, shapes = "", 0, Counter()
     foreign = ("\nData of another shape (CSV, TSV, parquet, other keys, a data set's folder): "
-               f"python tools/convert_data.py {shlex.quote(path)} --output {shlex.quote(Path(path).stem + '_rows.jsonl')}")
+               + shlex.join(["python", "tools/convert_data.py", path, "--output", f"{Path(path).stem}_rows.jsonl"]))
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # a FIFO would be waited for
             raise OSError("no regular file: save it as one" + foreign * os.path.isdir(path))
