@@ -1,20 +1,23 @@
 """Whole runs: what is evaluated when, which weights are saved, what is written, and what is said of it."""
 
+import io
 import json
 import re
 import shutil
 from collections import UserList
 from pathlib import Path
+from textwrap import indent
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, rows_of
+from matplotlib.image import imread
 from safetensors.numpy import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_bert_rerank
-from train_bert_rerank import BertRerankerModel, UserError, candidate_lists, measure
+from train_bert_rerank import BertRerankerModel, UserError, candidate_lists, measure, verdict_text
 
 METRICS = {"ndcg@10", "mrr@10", "map", "hit@1", "average_precision", "best_f1"}
 
@@ -106,6 +109,19 @@ def test_the_log_holds_the_metrics_and_the_health_of_the_scores_at_each_evaluati
             assert [event.value for event in events] == pytest.approx(values, abs=1e-6)
             assert log.Scalars(f"eval/after/{key}")[0].value == pytest.approx(run["report"]["after"][key], abs=1e-6)
     assert log.Scalars("eval/delta")[0].value == pytest.approx(run["report"]["delta"]["mean"], abs=1e-6)
+
+
+def test_the_log_holds_the_settings_the_verdict_and_the_pictures(good_run, capsys):
+    folder, run = good_run
+    log = EventAccumulator(str(folder / "logs" / "train_bert_rerank")).Reload()
+    texts = {tag: log.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0] for tag in ("args", "verdict")}
+    texts = {tag: text.decode() for tag, text in texts.items()}
+    assert {"    lr: 0.0003", "    epochs: 3", "    base_interpolation: (0.25, 0.5)"} <= {*texts["args"].splitlines()}
+    assert texts["verdict"] == indent(verdict_text(run["report"], run["args"]), "    ")
+    for name in ("loss_curve", "score_distribution"):
+        [image] = log.Images(name)
+        logged, saved = imread(io.BytesIO(image.encoded_image_string)), imread(folder / f"{name}.png")[..., :3]
+        assert logged.shape == saved.shape and np.abs(logged - saved).max() < 1.1 / 255 and np.ptp(logged) > 0.9
 
 
 def test_a_mixture_with_the_base_is_the_mean_of_the_weights(data, tmp_path):

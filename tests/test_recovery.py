@@ -791,3 +791,56 @@ def test_an_output_dir_that_cannot_be_written_to_is_found_out_first(settings, sm
     done = run_script(*arguments, "--output_dir", disk / name)
     assert done.returncode == 2 and "Loading" not in done.stdout
     assert done.stdout.endswith(f"Error: output_dir {disk / name}: {disk} is no folder that this run may write to\n")
+
+
+# ---- wandb -----------------------------------------------------------------------------------------------------------
+def wandb_records(path):
+    """The records of a .wandb file: LevelDB's log format (blocks of 32 KiB, 7-byte headers: CRC, length, type)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts, records = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # too little room for a header: zeros
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            records.append(Record.FromString(parts))
+            parts = b""
+    return records
+
+
+def test_with_wandb_a_run_that_goes_on_keeps_its_id_its_keys_and_its_steps(settings, tmp_path):
+    settings |= {"log_with": "wandb", "save_steps": 1}
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    stopped = Process(settings, **offline).wait_for(at_step(3)).send(signal.SIGTERM).end()
+    assert stopped[0] == 143, stopped[1]
+    [first] = Path(settings["output_dir"], "unfinished_run", "logs").rglob("*.wandb")
+    [run] = [record.run for record in wandb_records(first) if record.WhichOneof("record_type") == "run"]
+    done = Process({**settings, **RESUME}, **offline).end()
+    assert done[0] == 0, done[1]
+    files = sorted(Path(settings["output_dir"], "logs").rglob("*.wandb"))
+    records = wandb_records(files[-1])
+    [again] = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert again.run_id == run.run_id and re.fullmatch("[0-9a-f]{8}", run.run_id)
+    updates = [record.config.update for record in records if record.WhichOneof("record_type") == "config"]
+    config = {item.key or item.nested_key[0]: json.loads(item.value_json) for update in updates for item in update}
+    assert {key: config[key] for key in ("lr", "epochs", "seed", "max_len")} == {
+        "lr": 1e-3, "epochs": 2, "seed": 42, "max_len": 64}  # fmt: skip
+    logged = {}  # {key: {step: value}}
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            for key, value in items.items():
+                logged.setdefault(key, {})[items.get("_step", record.history.step.num)] = value
+    assert sorted(logged["train/loss"]) == [*range(1, 11)] and sorted(logged["eval/ndcg@10"]) == [0, 2, 4, 6, 8, 10]
+    plain = {**settings, "log_with": "tensorboard", "output_dir": str(tmp_path / "plain")}
+    train_bert_rerank.train(plain)
+    scalars = scalars_of(plain["output_dir"])
+    assert {*scalars} <= {*logged}, "the keys of TensorBoard"
+    for key, events in scalars.items():
+        for step, value in events:
+            assert logged[key][step] == pytest.approx(value, rel=1e-6), (key, step)
+    assert {"args", "verdict", "loss_curve", "score_distribution"} <= {*logged}
