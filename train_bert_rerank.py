@@ -31,7 +31,6 @@ from functools import partial
 from importlib.metadata import version
 from itertools import compress, islice, zip_longest
 from pathlib import Path
-from textwrap import indent
 
 import numpy as np
 import torch
@@ -377,8 +376,7 @@ def read_rows(path, min_label, max_label, digest=None):
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if bad:
-        more = f"\n  … and {bad_count - 10} more" * (bad_count > 10)
-        bad += f"{more}\n{ADVICE}{'' if shapes else foreign}"
+        bad += f"\n  … and {bad_count - 10} more" * (bad_count > 10) + f"\n{ADVICE}" + foreign * (not shapes)
         raise UserError(f"{path}: {bad_count} bad line{'s' * (bad_count > 1)}{bad}")
     if digest and shapes:
         say(f"{path}: " + ", ".join(f"{count} × {{{shape}}}" for shape, count in shapes.items()))
@@ -1215,22 +1213,19 @@ def write_model_card(folder, model, report, args, facts, verdict):
 # {title}
 
 A cross-encoder for reranking: {base}, {"unchanged" if report and report["chosen"] == "base" else "fine-tuned"}.
-
 ```
 {verdict}
 ```
 
 ## Usage
 
-Queries read `{formats[0]}` and documents `{formats[1]}`, with the text for `{{}}`. train_bert_rerank writes them so by
-itself, and cuts documents to fit, never the query; to other libraries pass texts that are written so.
-
+It scores queries as `{formats[0]}` and documents as `{formats[1]}`, with the text for `{{}}`. train_bert_rerank sees to
+this by itself, and cuts documents to fit, never the query; for other libraries make the texts so, as below.
 ```python
 from train_bert_rerank import BertRerankerModel
 from sentence_transformers import CrossEncoder
 from FlagEmbedding import FlagReranker
 from transformers import pipeline
-
 query, documents, folder = "…", ["…", "…"], "final_model"  # or its name on the hub
 print(BertRerankerModel.from_pretrained(folder).rank(query, documents))
 pairs = [({query}, {document}) for document in documents]
@@ -1241,7 +1236,6 @@ print(classify([{{"text": one, "text_pair": other}} for one, other in pairs]))
 ```
 
 ## Training
-
 ```
 {chr(10).join(f"{key}: {value}" for key, value in settings.items())}
 ```
@@ -1252,7 +1246,7 @@ print(classify([{{"text": one, "text_pair": other}} for one, other in pairs]))
 def log_outcome(accelerator, run_dir, step, verdict):
     """Put the verdict and the pictures beside the logged scalars."""
     from matplotlib.image import imread
-    accelerator.log({"verdict": indent(verdict, "    ")}, step=step)  # indented: not to be read as Markdown
+    accelerator.log({"verdict": "\n".join(f"    {line}" for line in verdict.splitlines())}, step=step)  # no Markdown
     images = {path.stem: imread(path)[None, ..., :3] for path in run_dir.glob("*.png")} if IS_MAIN_PROCESS else {}
     for tracker in accelerator.trackers:  # of images [1, height, width, RGB]
         tracker.log_images(images, step, **({"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}))
@@ -1267,10 +1261,9 @@ def load_base(args):
     if max_len > model.max_len:
         raise UserError(f"max_len {max_len}: {name} takes {model.max_len} (positions, model_max_length)", exit_status=2)
     model.tokenizer.model_max_length = max_len
-    formats = {key: args[key] for key in ("query_format", "document_format") if args[key] != "{}"}
-    sigmoid = {"activation_fn": "torch.nn.modules.activation.Sigmoid"}  # for CrossEncoder and, below, pipelines
-    vars(model.model.config).pop("sbert_ce_default_activation_function", None)
-    model.model.config.update({**formats, "sentence_transformers": sigmoid, "problem_type": None})
+    model.model.config.update({key: args[key] for key in ("query_format", "document_format") if args[key] != "{}"})
+    vars(model.model.config).pop("sbert_ce_default_activation_function", None)  # pipelines, CrossEncoder: sigmoid
+    model.model.config.update({"problem_type": None, "sentence_transformers": {"activation_fn": "torch.nn.Sigmoid"}})
     return model
 
 
