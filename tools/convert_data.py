@@ -2,23 +2,21 @@
 
     python tools/convert_data.py INPUT [INPUT …] --output rows.jsonl
 
-| INPUT | read as |
-| --- | --- |
-| CSV, TSV, parquet, JSON or JSONL (all but parquet also as .gz), a folder of `Dataset.save_to_disk` | a table: its columns are known by name (ROLES below), or named: `--columns query=问题 content=答案 label=分数` |
-| triples.train.small.tsv | query, relevant passage, irrelevant passage, no header |
-| queries.tsv, collection.tsv and qrels (4 columns) or qidpidtriples (3 ids), all given together | MS MARCO's ids, told apart by their columns and ids |
-| top1000 (qid, pid, query, passage), together with these | candidates: those that are not in the qrels are irrelevant |
+An INPUT is, plain or gzip, told apart by what is in it:
 
-A table has a query and one of: a document and a label (one each, or lists); relevant and irrelevant ones in columns
-`positive`, `negative`, `negative_1` … or lists (`pos`, `neg`), labels 1 and 0, or the numbers of a list `scores`. Names
-of columns that are numbers, `--columns query=1 content=2 label=3`, count the columns of a file without a header.
+- a table: CSV, TSV, parquet, JSON, JSONL, or a folder that datasets' `save_to_disk` wrote. Columns are known by their
+  names (ROLES), or named: `--columns query=问题 content=答案 label=分数`; numbers count the columns of a file without a
+  header. A row has a query and either a document and its label, or lists of both, or relevant and irrelevant documents
+  (positive, negative, negative_1 …, one each or lists), labels 1 and 0, or the numbers in a list `scores`;
+- MS MARCO's triples of texts (query, relevant passage, irrelevant passage; no header);
+- MS MARCO's ids, all files together: queries and collection (id, text), qrels (four columns) or triples of ids, and, if
+  wanted, top1000 (qid, pid, query, passage), whose passages are irrelevant where the qrels do not name them.
 
-What is found is printed. What could mean two things is an error with the commands that decide; a bad row is one with
-its line, and then there is no output. Nothing is skipped, but a row that says the same as an earlier one is written
-once: triples repeat their positives. Everything is read as a stream; memory goes to 64 bits for each row written (in a
-set of Python's, some 80 bytes) and to the texts that qrels or triples of ids name. Parquet, JSON and folders are read
-by the package `datasets`.
-"""  # noqa: E501
+How it was read is printed. What could mean two things is an error with the commands that decide. A bad row is an error
+too: then nothing is written. No row is skipped; one that repeats another, as the positives of triples do, is written
+once. All is read as a stream; memory holds a fingerprint of each row written, about 80 bytes, and the texts that ids
+name. Parquet, JSON and folders take the package `datasets`.
+"""
 
 import argparse
 import csv
@@ -33,6 +31,7 @@ import shlex
 import sys
 import zlib
 from collections import Counter, defaultdict
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain, islice, product
 from pathlib import Path
@@ -44,13 +43,13 @@ from train_bert_rerank import LONGEST_LINE, UserError, fingerprints, parse_line,
 
 ROLES = {  # role: pattern of the names, in lower case, of the columns that have it
     "query": "query|question|anchor|(sentence|text)_?[1a]|查询|问题",
-    "content": "content|(passage|document|doc)s?|text|(sentence|text)_?[2b]|内容|段落|文档|文本",
     "positive": "positives?|pos|answers?|正例|答案|回答",
+    "content": "content|(passage|document|doc)s?|text|(sentence|text)_?[2b]|内容|段落|文档|文本",
     "negative": r"(hard_)?(negatives?|neg)(_?\d+)?|负例",
     "label": "labels?|scores?|(pos|neg)_scores|relevance|标签|分数|相关性",
 }
-IDS = {"iiii": "qrels", "iitt": "candidates", "iiit": "candidates", "iii": "triples of ids", "it": "texts", "ii": "texts"}
-FIELDS = {"qrels": 4, "candidates": 4, "triples of ids": 3, "texts": 2}
+IDS = {"iiii": "qrels", "iitt": "top1000", "iiit": "top1000", "iii": "triples of ids", "it": "texts", "ii": "texts"}
+WIDTHS = {"qrels": 4, "top1000": 4, "triples of ids": 3, "texts": 2}
 
 
 def command(args, columns=(), split=None):
@@ -60,87 +59,84 @@ def command(args, columns=(), split=None):
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
-def text_records(path, separator, quoted=False):
-    """Yield (line, fields) of a text file, plain or gzip; line is where a record ends, as quoted fields hold line ends.
-    Not quoted: each line is split at `separator`, at any white space if that is None, as in MS MARCO's files."""
+@contextmanager
+def opened(path):
+    """The bytes of a file, plain or gzip; UserError where it cannot be read or, by who reads, decoded."""
     try:
         with open(path, "rb") as raw:
-            file = gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
-            text = io.TextIOWrapper(file, "utf-8-sig", newline="" if quoted else "\n")
-            if quoted:
-                reader = csv.reader(text, delimiter=separator, strict=True)
-                try:
-                    yield from ((reader.line_num, fields) for fields in reader if fields)
-                except csv.Error as error:
-                    raise UserError(f"{path}: line {reader.line_num}: {error}") from error
-            else:
-                yield from ((number, line.rstrip("\r\n").split(separator)) for number, line in enumerate(text, start=1)
-                            if line.strip())
+            yield gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason}): save it as UTF-8, or, where it is Chinese of Excel, "
-                        f"iconv -f GB18030 -t UTF-8 {shlex.quote(path)} > utf8_{Path(path).name}") from error
+        raise UserError(f"{path}: not UTF-8 ({error.reason}). Save it as UTF-8; Chinese from Excel: "
+                        f"iconv -f GB18030 -t UTF-8 {shlex.quote(path)} > utf8.csv") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
+def text_records(path, separator, quoted=False):
+    """Yield (line, fields) of a text file. A quoted field may hold line ends: its record's last line counts.
+    Not quoted: lines are split at `separator`, None: at white space. MS MARCO's files are so."""
+    with opened(path) as file:
+        text = io.TextIOWrapper(file, "utf-8-sig", newline="" if quoted else "\n")
+        if quoted:
+            reader = csv.reader(text, delimiter=separator, strict=True)
+            try:
+                yield from ((reader.line_num, fields) for fields in reader if fields)
+            except csv.Error as error:
+                raise UserError(f"{path}: line {reader.line_num}: {error}") from error
+        else:
+            yield from ((number, line.rstrip("\r\n").split(separator))
+                        for number, line in enumerate(text, start=1) if line.strip())
+
+
 def shape_of(path):
-    """What `path` holds, "folder", "parquet", "json", "table", "triples" or a value of IDS, and how text is separated."""
+    """What `path` holds, "folder", "parquet", "json", "table", "triples" or a key of WIDTHS, and its separator."""
     if os.path.isdir(path):
         return "folder", None
-    with open(path, "rb") as raw:
-        start = (gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw).read(1 << 16)
+    with opened(path) as file:
+        start = file.read(1 << 16)
     if start.startswith(b"PAR1") or start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"["):
         return "parquet" if start.startswith(b"PAR1") else "json", None
     line = start.decode("utf-8", "ignore").strip().partition("\n")[0]
     separator = next((each for each in "\t,;" if each in line), None)
-    head = [fields for _, fields in islice(text_records(path, separator), 20)] if separator in ("\t", None) else []
+    head = [fields for _, fields in islice(text_records(path, separator), 20)] if separator in ("\t", None) else [[]]
+    names = [each.strip().lower() for each in head[0]] if head else []
+    if all(any(re.fullmatch(pattern, name) for name in names)
+           for pattern in (ROLES["query"], f"{ROLES['positive']}|{ROLES['content']}")):
+        return "table", separator
     kinds = "".join("i" if all(re.fullmatch(r"[\w.:-]*\d[\w.:-]*", each, re.ASCII) for each in column) else "t"
                     for column in zip(*head, strict=False))
-    names = [each.strip().lower() for each in head[0]] if head else []
-    has_header = all(any(re.fullmatch(pattern, name) for name in names)
-                     for pattern in (ROLES["query"], f"{ROLES['content']}|{ROLES['positive']}"))
-    if has_header or kinds == "iiii" and not {fields[1] for fields in head} <= {"0", "Q0"}:
-        return "table", separator
     if kinds == "iii" and [fields[2] for fields in head[:2]] == ["1", "2"]:
-        raise UserError(f"{path}: its third column counts, as the ranks of a run do: ids of passages were expected. "
+        raise UserError(f"{path}: its third column counts, as the ranks of a run do, and is no id of a passage. "
                         "Candidates are read with their texts: qid, pid, query, passage (top1000)")
-    if kinds == "ttt" and max(map(len, head[0])) > 30:  # shorter ones may be a header with names of its own
+    if kinds == "ttt" and max(map(len, head[0])) > 30:  # else it may be a header with names of its own
         return "triples", separator
-    return IDS.get(kinds, "table"), separator
+    return IDS.get(kinds, "table") if kinds != "iiii" or head[0][1] in ("0", "Q0") else "table", separator
 
 
 def open_table(path, shape, separator, columns, args):
-    """The names of a table's columns, (place, values) of each row, and {column: names of its classes}."""
+    """The names of a table's columns, (place, values) of each row, and {column: names of its classes or None}."""
     if shape in ("table", "triples"):
         is_numbered = shape == "triples" or bool(columns) and all(name.isdecimal() for _, name in columns)
         records = text_records(path, separator or ",", quoted=not (is_numbered and separator == "\t"))
-        first = next(records, None)
-        if first is None:
-            raise UserError(f"{path}: no rows")
+        first = next(records, (0, []))
         names = [str(number) for number in range(1, len(first[1]) + 1)] if is_numbered else first[1]
-        rows = chain([first] if is_numbered else [], records)
-        return names, ((f"line {number}", values) for number, values in rows), {}
+        return names, ((f"line {number}", values) for number, values in chain([first] * is_numbered, records)), {}
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"{path}: parquet, JSON and folders are read by a package: pip install datasets") from error
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it says of a bad file stands in the exception too
+        raise UserError(f"{path}: {shape} is read by a package that is missing: pip install datasets") from error
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its reasons stand in the exceptions too
     try:
-        if shape == "folder":
-            table = datasets.load_from_disk(path)
-        else:
-            table = datasets.load_dataset(shape, data_files=glob.escape(path), split="train", streaming=True)
-        if isinstance(table, dict):
-            split = args.split or (next(iter(table)) if len(table) == 1 else None)
-            if split not in table:
-                commands = "".join(f"\n  {command(args, args.columns, each)}" for each in table)
-                raise UserError(f"{path}: which split: {', '.join(table)}?{commands}")
-            table = table[split]
-        names = list(table.features or next(iter(table), {}))
-    except (FileNotFoundError, *((ValueError,) if shape != "folder" else ())) as error:
-        files = shlex.join(sorted(str(each) for each in Path(path).rglob("*") if each.suffix in (".parquet", ".csv")))
-        hint = f": name its files instead: {files or 'there are none'}" if shape == "folder" else f": {error}"
-        raise UserError(f"{path}: cannot be read{hint}") from error
+        table = datasets.load_from_disk(path) if shape == "folder" else datasets.load_dataset(
+            shape, data_files=glob.escape(path), split="train", streaming=True)
+        if isinstance(table, dict) and len(table) > 1 and args.split not in table:
+            commands = [command(args, args.columns, each) for each in table]
+            raise UserError("\n  ".join([f"{path}: which split?", *commands]))
+        table = table[args.split or next(iter(table))] if isinstance(table, dict) else table
+        names = list(table.features or next(iter(table)))
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        hint = " (of a folder that save_to_disk did not write, name the files)" if shape == "folder" else ""
+        raise UserError(f"{path}: cannot be read{hint}: {error}") from error
 
     def rows():
         try:
@@ -151,45 +147,40 @@ def open_table(path, shape, separator, columns, args):
     return names, rows(), {name: getattr(kind, "names", None) for name, kind in (table.features or {}).items()}
 
 
-# ---- Columns ---------------------------------------------------------------------------------------------------------
-def roles_of(path, names, first, classes, args):
-    """[(role, column)] of a table, documents in their order; UserError where a role has no column, or two could be it.
-    `first` holds the values of the first row, `classes` {column: names of its classes}."""
-    found = {role: [name for name in names if re.fullmatch(pattern, name.strip().lower())]
+# ---- Tables ----------------------------------------------------------------------------------------------------------
+def roles_of(path, row, classes, args):
+    """[(role, column)] of a table by its names, the query first, documents, labels. UserError where a role has no
+    column, or two could have it. `row` is the first, `classes` {column: names of its classes}."""
+    found = {role: [(role, name) for name in row if re.fullmatch(pattern, str(name).strip().lower())]
              for role, pattern in ROLES.items()}
-    documents = [(role, name) for role in ("positive", "content") for name in found[role]]
-    negatives, labels = [("negative", name) for name in found["negative"]], [[("label", each)] for each in found["label"]]
-    if {*found["label"]} == {"pos_scores", "neg_scores"} and negatives:
+    documents, labels = found["positive"] + found["content"], [[each] for each in found["label"]]
+    if found["negative"] and {name for _, name in found["label"]} == {"pos_scores", "neg_scores"}:
         labels = [[("label", "pos_scores"), ("label", "neg_scores")]]
-    choices = [[("query", query), document, *negatives, *label]
+    choices = [[query, document, *found["negative"], *label]
                for query, document, label in product(found["query"], documents, labels or [[]])]
-    listed, missing = printable(", ".join(map(str, names)))[:300], [
-        what for what, columns in (("query", found["query"]), ("document", documents)) if not columns]
-    if len({*names}) < len(names):
-        raise UserError(f"{path}: two columns have one name: {listed}")
-    if missing:
-        known = [f"query={name}" for name in found["query"]] or ["query=NAME"]
-        raise UserError(
-            f"{path}: no column is known to be the {' or the '.join(missing)}. Its columns: {listed}\nName them (in a "
-            f"file without a header count them: query=1 …):\n  {command(args, [*known, 'content=NAME', 'label=NAME'])}\n"
-            f"or, if all documents are relevant:\n  {command(args, [*known, 'positive=NAME'])}")
-    roles, texts = choices[0], len(choices[0]) - 1 - sum(role == "label" for role, _ in choices[0])
-    problem, commands = None, choices
-    if len(choices) > 1:
-        problem = f"more than one way to read its columns ({listed})"
+    roles = choices[0] if choices else []
+    label, texts = labels[0][-1][1] if labels else None, len(found["negative"]) + 1
+    if not choices:
+        query, name = (found["query"] or [("query", "NAME")])[0], "NAME"
+        problem = "no column is known by its name to be the query, or none the document. Name them, or count them, "
+        problem += "query=1 …, if there is no header, in one of three ways"
+        choices = [[query, ("content", name), ("label", name)], [query, ("positive", name)],
+                   [query, ("positive", name), ("negative", name)]]
+    elif len(choices) > 1:
+        problem = "more than one way to read it"
     elif not labels and texts == 1 and roles[1][0] == "content":
-        problem, commands = f"no column is known to be the label ({listed}); if all documents are relevant", [
-            [roles[0], ("positive", roles[1][1])], [*roles, ("label", "NAME")]]
-    elif len(labels) == 1 and texts > 1 and not isinstance(first.get(roles[-1][1]), list):
-        problem = f"{roles[-1][1]} is one number (a margin?) for {texts} documents. Without it, labels are 1 and 0"
-        commands = [roles[:-1]]
-    elif classes.get(roles[-1][1]) and not all(name.isdecimal() for name in classes[roles[-1][1]]):
-        numbered = ", ".join(f"{number} = {name}" for number, name in enumerate(classes[roles[-1][1]]))
-        problem = f"{roles[-1][1]} numbers classes ({numbered}); if a higher number is more relevant"
-    if problem:
-        lines = [command(args, [f"{role}={name}" for role, name in each]) for each in commands]
-        raise UserError("\n  ".join([f"{path}: {problem}:", *lines]))
-    return roles
+        problem = "no column is known by its name to be the label. All documents are relevant, or name it"
+        choices = [[roles[0], ("positive", roles[1][1])], [*roles, ("label", "NAME")]]
+    elif len(labels) == 1 == len(labels[0]) and texts > 1 and not isinstance(row[label], list):
+        problem = f"{label} is one number (a margin?) for {texts} documents; without it, labels are 1 and 0"
+        choices = [roles[:-1]]
+    elif classes.get(label) and not all(name.isdecimal() for name in classes[label]):
+        numbered = ", ".join(f"{number} = {name}" for number, name in enumerate(classes[label]))
+        problem = f"{label} numbers classes, {numbered}; if a higher number is more relevant"
+    else:
+        return roles
+    commands = [command(args, [f"{role}={name}" for role, name in each], args.split) for each in choices]
+    raise UserError("\n  ".join([f"{path} (columns {', '.join(map(str, row))[:300]}): {problem}:", *commands]))
 
 
 def pairs_of(values, names, roles):
@@ -200,50 +191,53 @@ def pairs_of(values, names, roles):
     cells = [(role, each) for role, name in roles
              for each in (row[name] if isinstance(row[name], list) else [row[name]])]
     documents = [(role, text) for role, text in cells if role in ("content", "positive", "negative")]
-    labels = [label for role, label in cells if role == "label"] if any(role == "label" for role, _ in roles) else (
-        [int(role == "positive") for role, _ in documents])
+    labels = [label for role, label in cells if role == "label"] if roles[-1][0] == "label" else (
+        [int(role != "negative") for role, _ in documents])
     if len(labels) != len(documents) or not documents:
         raise ValueError(f"{len(labels)} labels for {len(documents)} documents")
     return [(row[roles[0][1]], text, label) for (_, text), label in zip(documents, labels, strict=True)]
 
 
 def table_rows(path, shape, separator, columns, args):
-    """Yield (place, function that returns rows) of a table, after saying how it is read."""
+    """Yield (path, place, function that returns rows) of a table, after saying how it is read."""
     names, rows, classes = open_table(path, shape, separator, columns, args)
     first = next(rows, None)
     if first is None:
         raise UserError(f"{path}: no rows")
-    if unknown := [name for _, name in columns if name not in names]:
-        raise UserError(f"{path}: no column {unknown[0]!r}; it has {printable(', '.join(names))[:300]}")
-    roles = columns or (list(zip(("query", "positive", "negative"), names, strict=True)) if shape == "triples" else
-                        roles_of(path, names, dict(zip(names, first[1], strict=False)), classes, args))
+    if wrong := [name for name in names if names.count(name) > 1] + [name for _, name in columns if name not in names]:
+        raise UserError(f"{path}: {names.count(wrong[0])} columns are called {wrong[0]}: {', '.join(names)[:300]}")
+    if {"content", "label"} & {role for role, _ in columns} == {"content"}:
+        raise UserError("--columns with content needs a label; relevant documents are positive, irrelevant ones negative")
+    triple = list(zip(("query", "positive", "negative"), names, strict=False)) if shape == "triples" else []
+    roles = columns or triple or roles_of(path, dict(zip(names, [*first[1], *names], strict=False)), classes, args)
     unused = [name for name in names if name not in dict(map(reversed, roles))]
-    say(f"{path}: {shape}, " + ", ".join(f"{role} from column {name}" for role, name in roles)
-        + ("" if any(role == "label" for role, _ in roles) else ", labels 1 (positive) and 0 (negative)")
-        + f"; not used: {', '.join(unused) or 'none'}")
-    yield from ((place, partial(pairs_of, values, names, roles)) for place, values in chain([first], rows))
+    say(f"{path}: {shape}: " + ", ".join(f"{role} from column {name}" for role, name in roles)
+        + (f"; not used: {', '.join(unused)}" if unused else ""))
+    yield from ((path, place, partial(pairs_of, values, names, roles)) for place, values in chain([first], rows))
 
 
 # ---- MS MARCO's ids --------------------------------------------------------------------------------------------------
 def id_rows(files, columns, args):
-    """Yield (path, place, function that returns rows) of files {path: (shape, separator)} with ids of texts."""
-    def records(*shapes):
+    """Yield (path, place, function that returns rows) of {path: (shape, separator)}, files of ids and texts."""
+    wrong = []  # lines of another width: returned as rows that raise
+
+    def records(wanted):
         for path, (shape, separator) in files.items():
-            for number, fields in text_records(path, separator) if shape in shapes else ():
-                if len(fields) != FIELDS[shape]:
-                    raise UserError(f"{path}: line {number}: {len(fields)} fields instead of {FIELDS[shape]} ({shape})")
-                yield path, f"line {number}", fields
+            for number, fields in text_records(path, separator) if shape == wanted else ():
+                if len(fields) == WIDTHS[shape]:
+                    yield path, f"line {number}", fields
+                else:
+                    wrong.append((path, f"line {number}", partial(pairs_of, fields, [""] * WIDTHS[shape], ())))
 
     for path, (shape, _) in files.items():
         say(f"{path}: {shape}")
-    shapes, texts = Counter(shape for shape, _ in files.values()), [
-        path for path, (shape, _) in files.items() if shape == "texts"]
-    if len(texts) != 2 or not shapes["qrels"] + shapes["triples of ids"]:
-        raise UserError(f"ids and texts have to be given together: one file of queries and one of passages (two columns, "
-                        f"id and text), and qrels or triples of ids; here are {dict(shapes)}")
-    relevance, passages = defaultdict(dict), set()  # {query: {passage: label}}
-    for *_, (query, _, passage, label) in records("qrels"):
-        relevance[query][passage] = label
+    texts, shapes = [path for path in files if files[path][0] == "texts"], {shape for shape, _ in files.values()}
+    if len(texts) != 2 or not shapes & {"qrels", "triples of ids"} or {"top1000", "qrels"} & shapes == {"top1000"}:
+        raise UserError("files of ids are given together: queries and passages (two columns, id and text), qrels or "
+                        f"triples of ids, and top1000 only with qrels. Here are: {', '.join(sorted(shapes))}")
+    relevance, passages = defaultdict(set), set()  # {query: its judged passages}
+    for *_, (query, _, passage, _) in records("qrels"):
+        relevance[query].add(passage)
         passages.add(passage)
     queries = {*relevance}
     for *_, (query, *pair) in records("triples of ids"):
@@ -253,115 +247,115 @@ def id_rows(files, columns, args):
     for path, _, (name, text) in tqdm(records("texts"), desc="Reading texts", unit=" texts"):
         if name in passages or name in queries:
             found[path][name] = text
-    lacks = {pair: (len(queries - found[pair[0]].keys()), len(passages - found[pair[1]].keys()))
-             for pair in (texts, texts[::-1]) for pair in [tuple(pair)]}
-    fitting = [tuple(name for role in ("query", "content") for each, name in columns if each == role)] if columns else [
-        pair for pair, counts in lacks.items() if not any(counts)]
+    yield from wrong
+    if wrong:
+        return
+    choices = [(first, second, len(queries - found[first].keys()), len(passages - found[second].keys()))
+               for first, second in (texts, texts[::-1])]
+    fitting = [(columns[0][1], columns[1][1])] if columns else [each[:2] for each in choices if not any(each[2:])]
     if len(fitting) != 1:
-        lines = [command(args, [f"query={pair[0]}", f"content={pair[1]}"])
-                 + f"  # {counts[0]} queries and {counts[1]} passages are missing" for pair, counts in lacks.items()]
-        raise UserError("\n  ".join(["which file has the queries, and which the passages:", *lines]))
+        raise UserError("\n  ".join(["which file has the queries, and which the passages?", *(
+            f"{command(args, [f'query={first}', f'content={second}'])}  # texts missing: {no_query} queries, "
+            f"{no_passage} passages" for first, second, no_query, no_passage in choices)]))
+    say(f"queries from {fitting[0][0]}, passages from {fitting[0][1]}")
     query_texts, passage_texts = (found[path] for path in fitting[0])
-    say(f"{fitting[0][0]} has the queries, {fitting[0][1]} the passages.")
 
-    def row(query, passage, label):
-        return query_texts[query], passage_texts[passage], label
+    def rows(query, labels):
+        if lost := [f"query {query}"] * (query not in query_texts) + [f"passage {each}" for each, _ in labels
+                                                                      if each not in passage_texts]:
+            raise ValueError(f"no text of {', '.join(lost)}")
+        return [(query_texts[query], passage_texts[passage], label) for passage, label in labels]
 
-    yield from ((path, place, partial(lambda *ids: [row(*ids)], query, passage, label))
-                for path, place, (query, _, passage, label) in records("qrels"))
-    yield from ((path, place, partial(lambda *ids: [row(ids[0], ids[1], 1), row(ids[0], ids[2], 0)], *fields))
-                for path, place, fields in records("triples of ids"))
-    yield from ((path, place, partial(lambda query, passage, *texts: [(*texts, 0)] * (passage not in relevance[query]),
-                                      *fields)) for path, place, fields in records("candidates"))
+    def candidate(query, passage, *texts):
+        if query not in relevance:
+            raise ValueError(f"query {query} is not in the qrels: which of its passages are relevant is not known")
+        return [] if passage in relevance[query] else [(*texts, 0)]
+
+    for path, place, (query, _, passage, label) in records("qrels"):
+        yield path, place, partial(rows, query, [(passage, label)])
+    for path, place, (query, positive, negative) in records("triples of ids"):
+        yield path, place, partial(rows, query, [(positive, 1), (negative, 0)])
+    yield from ((path, place, partial(candidate, *fields)) for path, place, fields in records("top1000"))
+    yield from wrong
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 def line_of(query, content, label):
-    """A row as a line of JSONL and its label as a number; ValueError where train_bert_rerank.py would refuse it."""
+    """A row as a line of JSONL, and its label as a number; ValueError where train_bert_rerank.py would refuse it."""
     try:
-        number = float(label) if label not in (None, "") else None
-    except (TypeError, ValueError):
-        raise ValueError(f"label {str(label)[:40]!r} is no number") from None
-    if number is not None and not math.isfinite(number):
-        raise ValueError(f"label is {number}")
-    number = int(number) if number is not None and number.is_integer() else number
-    line = json.dumps({"query": query, "content": content, "label": number}, ensure_ascii=False, default=str).encode()
-    parse_line(line, -math.inf, math.inf)
+        label = None if label in (None, "") else float(label)
+        label = int(label) if label is not None and label.is_integer() else label
+        line = json.dumps({"query": query, "content": content, "label": label}, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"no row of texts and a number: {error}") from error
+    parse_line(line, -sys.float_info.max, sys.float_info.max)
     if len(line) > LONGEST_LINE:
         raise ValueError(f"longer than {LONGEST_LINE >> 20} MB")
-    return line, number
+    return line + b"\n", label
 
 
-def convert(args):
-    """Write args.output from args.inputs and say what it holds."""
-    columns = [tuple(each.partition("=")[::2]) for each in args.columns]
-    if wrong := [each for each in args.columns if each.partition("=")[0] not in ROLES or not each.partition("=")[2]]:
-        raise UserError(f"--columns {wrong[0]}: write ROLE=NAME, with a ROLE of {', '.join(ROLES)}")
-    columns.sort(key=lambda each: list(ROLES).index(each[0]))
-    if columns and ([role for role, _ in columns].count("query") != 1 or columns[1:2] == [] or columns[1][0] == "label"):
-        raise UserError("--columns needs one query, and a content (with a label), positive or negative")
-    if missing := [path for path in args.inputs if not os.path.exists(path)]:
-        raise UserError(f"{missing[0]}: no such file or folder")
-    if os.path.abspath(args.output) in map(os.path.abspath, args.inputs):
-        raise UserError(f"{args.output} is an input: give the output another name")
-    is_of_files = {name for _, name in columns} <= {*args.inputs}  # no columns, or which files have queries and passages
+def convert(args, columns):
+    """Write args.output from args.inputs; print how they were read, what came out and what to do next."""
     shapes = {path: shape_of(path) for path in args.inputs}
-    files = {path: each for path, each in shapes.items() if each[0] in FIELDS and is_of_files}
-    sources = [((path, *each) for each in table_rows(path, "table" if columns and shape in FIELDS else shape, separator,
-                                                     columns, args))
-               for path, (shape, separator) in shapes.items() if path not in files]
-    sources += [id_rows(files, columns, args)] if files else []
-    bad, bad_count, labels, seen, repeated = "", 0, Counter(), set(), 0
+    names_files = {name for _, name in columns} <= shapes.keys()  # or there are none
+    ids = {path: each for path, each in shapes.items() if each[0] in WIDTHS and names_files}
+    sources = [table_rows(path, "table" if columns and separator else shape, separator, columns, args)
+               for path, (shape, separator) in shapes.items() if path not in ids]
+    sources += [id_rows(ids, columns, args)] if ids else []
+    bad, bad_count, repeated, seen, labels = "", 0, 0, set(), Counter()
+    low, high = math.inf, -math.inf
     with whole_file(Path(args.output)) as raw:
-        file = gzip.GzipFile("", "wb", 6, raw, mtime=0) if args.output.endswith(".gz") else raw
-        for path, place, pairs in tqdm(chain.from_iterable(sources), desc="Converting", unit=" rows"):
-            try:
-                for row in pairs():
-                    line, label = line_of(*row)
-                    key = hash((*fingerprints(*row[:2]), label))
-                    if key in seen:
-                        repeated += 1
-                        continue
-                    seen.add(key)
-                    labels[label] += 1
-                    file.write(line + b"\n")
-            except ValueError as error:
-                bad_count += 1
-                bad += f"\n  {path}: {place}: {error}" if bad_count <= 10 else ""
-        if bad:
-            raise UserError(f"{bad_count} bad rows{bad}" + f"\n  … and {bad_count - 10} more" * (bad_count > 10))
-        if not labels:
-            raise UserError("no rows")
-        if file is not raw:
-            file.close()
-    low, high, total = min(labels), max(labels), labels.total()
-    say(f"{args.output}: {total} rows, skipped: none" + f", {repeated} repetitions written once" * bool(repeated))
-    rounded = Counter()
-    for label, number in labels.items():
-        rounded[round(label, 2) + 0.0] += number
-    for label, number in sorted(rounded.most_common(20)):
-        say(f"Label {label:.2f}: {number} ({number / total:.2%})")
+        is_gzip = args.output.endswith(".gz")
+        with gzip.GzipFile("", "wb", 6, raw, mtime=0) if is_gzip else nullcontext(raw) as file:
+            for path, place, pairs in tqdm(chain.from_iterable(sources), desc="Converting", unit=" rows"):
+                try:
+                    for row in pairs():
+                        line, label = line_of(*row)
+                        key = hash((fingerprints(*row[:2])[1], label))
+                        repeated += key in seen
+                        if key not in seen:
+                            seen.add(key)
+                            labels[round(label + 0.0, 2) + 0.0] += 1
+                            low, high = min(low, label), max(high, label)
+                            file.write(line)
+                except ValueError as error:
+                    bad_count += 1
+                    bad += f"\n  {path}: {place}: {error}" if bad_count <= 10 else ""
+            if bad or not seen:
+                more = f"\n  … and {bad_count - 10} more" * (bad_count > 10)
+                raise UserError(f"bad rows: {bad_count}, so nothing is written{bad}{more}" if bad else "no rows")
+    say(f"{args.output}: {len(seen)} rows, skipped: none; repetitions written once: {repeated}")
+    for label, count in sorted(labels.most_common(20)):
+        say(f"Label {label:.2f}: {count} ({count / len(seen):.2%})")
     scale = "" if 0 <= low and high <= 1 else f" --min_label={low} --max_label={high}"
     if scale:
-        say(f"Labels go from {low} to {high}: give min_label and max_label, the ends of your scale if they lie outside.")
+        say(f"Labels go from {low} to {high}; if your scale is wider, give its ends to min_label and max_label.")
     if low == high == 1:
-        say("All rows are relevant: a reranker needs irrelevant ones too. Find some in your corpus:\n  python tools/"
-            f"mine_hard_negatives.py {shlex.quote(args.output)} --corpus corpus.jsonl --output mined.jsonl")
+        say("All rows are relevant, and training needs irrelevant ones too. To find some in your corpus:\n"
+            f"  python tools/mine_hard_negatives.py {shlex.quote(args.output)} --corpus corpus.jsonl --output mined.jsonl")
     else:
         say(f"Next: python train_bert_rerank.py --train_dataset {shlex.quote(args.output)}{scale}")
 
 
 def main():
-    """Parse the command line; a user's mistake is one message and exit status 1."""
+    """Parse the command line and convert; a user's mistake is one message and exit status 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="INPUT")
-    parser.add_argument("--output", required=True, help="JSONL file to write, compressed if its name ends in .gz")
-    parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=NAME", help="roles: " + ", ".join(ROLES))
+    parser.add_argument("--output", required=True, help="JSONL file to write; compressed if its name ends in .gz")
+    parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=NAME", help=f"ROLE is {', '.join(ROLES)}")
     parser.add_argument("--split", help="of a folder with several: train, test …")
     args = parser.parse_args()
     csv.field_size_limit(LONGEST_LINE)
+    columns = [each.partition("=")[::2] for each in args.columns]
+    columns.sort(key=lambda each: [*ROLES, each[0]].index(each[0]))
+    roles = [role for role, _ in columns]
     try:
-        convert(args)
+        if columns and (not {*roles} <= {*ROLES} or roles.count("query") != 1 or not {*roles[1:]} - {"label"}):
+            raise UserError("--columns takes ROLE=NAME for one query and one or more documents (content with a label, "
+                            "positive, negative), such as --columns query=question content=passage label=grade")
+        if os.path.abspath(args.output) in map(os.path.abspath, args.inputs):
+            raise UserError(f"{args.output} is an input: give the output another name")
+        convert(args, columns)
     except (UserError, OSError) as error:
         print(f"Error: {printable(error)}", file=sys.stderr)
         sys.exit(1)
