@@ -73,16 +73,19 @@ def opened(path):
 
 
 def text_records(path, separator, quoted=False):
-    """Yield (line, fields) of a text file. A quoted field may hold line ends: its record's last line counts.
+    """Yield (line, fields) of a text file; a record whose quoted fields hold line ends counts by its first line.
     Not quoted: lines are split at `separator`, None: at white space. MS MARCO's files are so."""
     with opened(path) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", newline="" if quoted else "\n")
         if quoted:
-            reader = csv.reader(text, delimiter=separator, strict=True)
+            reader, number = csv.reader(text, delimiter=separator, strict=True), 1
             try:
-                yield from ((reader.line_num, fields) for fields in reader if fields)
+                for fields in reader:
+                    if fields:
+                        yield number, fields
+                    number = reader.line_num + 1
             except csv.Error as error:
-                raise UserError(f"{path}: line {reader.line_num}: {error}") from error
+                raise UserError(f"{path}: line {number}: {error}") from error
         else:
             yield from ((number, line.rstrip("\r\n").split(separator))
                         for number, line in enumerate(text, start=1) if line.strip())
@@ -104,7 +107,7 @@ def shape_of(path):
            for pattern in (ROLES["query"], f"{ROLES['positive']}|{ROLES['content']}")):
         return "table", separator
     kinds = "".join("i" if all(re.fullmatch(r"[\w.:-]*\d[\w.:-]*", each, re.ASCII) for each in column) else "t"
-                    for column in zip(*head, strict=False))
+                    for column in zip(*(fields for fields in head if len(fields) == len(head[0])), strict=True))
     if kinds == "iii" and [fields[2] for fields in head[:2]] == ["1", "2"]:
         raise UserError(f"{path}: its third column counts, as the ranks of a run do, and is no id of a passage. "
                         "Candidates are read with their texts: qid, pid, query, passage (top1000)")
@@ -207,7 +210,7 @@ def table_rows(path, shape, separator, columns, args):
     if wrong := [name for name in names if names.count(name) > 1] + [name for _, name in columns if name not in names]:
         raise UserError(f"{path}: {names.count(wrong[0])} columns are called {wrong[0]}: {', '.join(names)[:300]}")
     if {"content", "label"} & {role for role, _ in columns} == {"content"}:
-        raise UserError("--columns with content needs a label; relevant documents are positive, irrelevant ones negative")
+        raise UserError("--columns: a content needs a label; without one, name it positive or negative")
     triple = list(zip(("query", "positive", "negative"), names, strict=False)) if shape == "triples" else []
     roles = columns or triple or roles_of(path, dict(zip(names, [*first[1], *names], strict=False)), classes, args)
     unused = [name for name in names if name not in dict(map(reversed, roles))]
@@ -282,13 +285,20 @@ def id_rows(files, columns, args):
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 def line_of(query, content, label):
     """A row as a line of JSONL, and its label as a number; ValueError where train_bert_rerank.py would refuse it."""
-    try:
-        label = None if label in (None, "") else float(label)
-        label = int(label) if label is not None and label.is_integer() else label
-        line = json.dumps({"query": query, "content": content, "label": label}, ensure_ascii=False).encode()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"no row of texts and a number: {error}") from error
-    parse_line(line, -sys.float_info.max, sys.float_info.max)
+    label = None if label == "" else label
+    if label is not None:
+        try:
+            number = float(label)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"label {str(label)[:40]} is no number")
+        label = int(number) if number.is_integer() else number
+    for name, text in (("query", query), ("content", content)):
+        if not isinstance(text, str | type(None)):
+            raise ValueError(f"{name} is no text: {str(text)[:40]}")  # of a type, too, that JSON does not have
+    line = json.dumps({"query": query, "content": content, "label": label}, ensure_ascii=False).encode()
+    parse_line(line, -math.inf, math.inf)
     if len(line) > LONGEST_LINE:
         raise ValueError(f"longer than {LONGEST_LINE >> 20} MB")
     return line + b"\n", label
@@ -327,12 +337,12 @@ def convert(args, columns):
     say(f"{args.output}: {len(seen)} rows, skipped: none; repetitions written once: {repeated}")
     for label, count in sorted(labels.most_common(20)):
         say(f"Label {label:.2f}: {count} ({count / len(seen):.2%})")
-    scale = "" if 0 <= low and high <= 1 else f" --min_label={low} --max_label={high}"
+    scale = "" if 0 <= low and high <= 1 or low == high else f" --min_label={low} --max_label={high}"
     if scale:
         say(f"Labels go from {low} to {high}; if your scale is wider, give its ends to min_label and max_label.")
-    if low == high == 1:
-        say("All rows are relevant, and training needs irrelevant ones too. To find some in your corpus:\n"
-            f"  python tools/mine_hard_negatives.py {shlex.quote(args.output)} --corpus corpus.jsonl --output mined.jsonl")
+    if low == high:
+        say(f"All rows have label {low}; training needs relevant and irrelevant ones. To find irrelevant ones in your "
+            f"corpus:\n  python tools/mine_hard_negatives.py {shlex.quote(args.output)} --corpus corpus.jsonl --output mined.jsonl")
     else:
         say(f"Next: python train_bert_rerank.py --train_dataset {shlex.quote(args.output)}{scale}")
 
