@@ -114,6 +114,13 @@ def test_a_table_becomes_the_rows_that_its_columns_mean(convert, tmp_path, name,
     assert f"rows.jsonl: {len(expected)} rows, skipped: none; repetitions written once: 0\n" in said
 
 
+def test_csv_as_excel_writes_it(convert, tmp_path):
+    for separator in (",", ";", "\t"):
+        text = separator.join(["query", "passage", "label"]) + "\r\n" + separator.join(["问，", "“答”", "1"])
+        (tmp_path / "data.csv").write_bytes(text.encode("utf-8-sig"))
+        assert convert("data.csv")[0] == [("问，", "“答”", 1)]
+
+
 @pytest.mark.parametrize("kind", ["csv.gz", "tsv", "tsv.gz", "json", "jsonl.gz"])
 def test_other_containers_of_the_same_table(convert, tmp_path, kind):
     columns, expected = TABLES["labelled pairs"]
@@ -123,10 +130,11 @@ def test_other_containers_of_the_same_table(convert, tmp_path, kind):
 def test_what_was_detected_is_printed(convert, tmp_path):
     columns = {"id": [7, 8], "question": [Q, Q], "passage": [D, N], "label": [1, 0]}
     said = convert(write_table(columns, "csv", tmp_path))[1].splitlines()
-    assert said[0] == ("data.csv: table: query from column question, content from column passage, label from column "
-                       "label; not used: id")  # fmt: skip
+    roles = "query from column question, content from column passage, label from column label"
+    assert said[0] == f"data.csv: table: {roles}; not used: id"
     assert said[1:] == ["rows.jsonl: 2 rows, skipped: none; repetitions written once: 0", "Label 0.00: 1 (50.00%)",
-                        "Label 1.00: 1 (50.00%)", "Next: python train_bert_rerank.py --train_dataset rows.jsonl"]  # fmt: skip
+                        "Label 1.00: 1 (50.00%)",
+                        "Next: python train_bert_rerank.py --train_dataset rows.jsonl"]  # fmt: skip
 
 
 def test_csv_is_read_as_datasets_reads_it(convert, tmp_path):
@@ -167,7 +175,7 @@ def test_a_label_outside_of_0_to_1_is_told_with_the_command_that_trains_on_it(co
 
 def test_relevant_rows_alone_are_said_with_the_command_that_finds_others(convert, tmp_path):
     said = convert(write_table({"anchor": [Q], "positive": [D]}, "csv", tmp_path))[1]
-    assert "All rows have label 1; training needs relevant and irrelevant ones." in said
+    assert "All rows have label 1, and training needs others too." in said
     assert "python tools/mine_hard_negatives.py rows.jsonl --corpus corpus.jsonl --output mined.jsonl\n" in said
 
 
@@ -242,6 +250,7 @@ def test_a_folder_with_splits_is_refused_until_one_is_named(convert, tmp_path):
         assert convert(*words)[0] == [(name, D, 1)]
         os.remove("rows.jsonl")
     datasets.DatasetDict(train=tables["train"]).save_to_disk(tmp_path / "one")
+    assert convert("one", "--split", "dev")[1].startswith("one: which split?")
     assert convert("one")[0] == [("train", D, 1)]
 
 
@@ -431,10 +440,10 @@ def test_the_formats_of_mine_hard_negatives_hold_the_same_rows(convert, tmp_path
     scored = mine_hard_negatives(datasets.Dataset.from_dict(pairs), model, num_negatives=2, output_format=output_format,
                                  output_scores=True, verbose=False)  # fmt: skip
     scored.save_to_disk(tmp_path / "scored")
-    expected = [score for row in scored for each in [row.get("scores", row.get("score"))]
-                for score in (each if isinstance(each, list) else [each])]  # fmt: skip
-    found = convert("scored", labels=(-9, 9))[0]
-    assert {round(label, 6) for *_, label in found} == {round(score, 6) for score in expected}
+    found = convert("scored", labels=(-1.1, 1.1))[0]
+    cosine = model.similarity_pairwise(*(model.encode(texts, normalize_embeddings=True)
+                                         for texts in list(zip(*found, strict=True))[:2]))  # fmt: skip
+    assert [label for *_, label in found] == pytest.approx(cosine.tolist(), abs=1e-4) and len({*cosine.tolist()}) > 9
     assert {row[:2] for row in found} == positives | {*negatives}
 
 

@@ -132,7 +132,7 @@ def open_table(path, shape, separator, columns, args):
     try:
         table = datasets.load_from_disk(path) if shape == "folder" else datasets.load_dataset(
             shape, data_files=glob.escape(path), split="train", streaming=True)
-        if isinstance(table, dict) and len(table) > 1 and args.split not in table:
+        if isinstance(table, dict) and args.split not in table and (args.split or len(table) > 1):
             commands = [command(args, args.columns, each) for each in table]
             raise UserError("\n  ".join([f"{path}: which split?", *commands]))
         table = table[args.split or next(iter(table))] if isinstance(table, dict) else table
@@ -341,8 +341,8 @@ def convert(args, columns):
     if scale:
         say(f"Labels go from {low} to {high}; if your scale is wider, give its ends to min_label and max_label.")
     if low == high:
-        say(f"All rows have label {low}; training needs relevant and irrelevant ones. To find irrelevant ones in your "
-            f"corpus:\n  python tools/mine_hard_negatives.py {shlex.quote(args.output)} --corpus corpus.jsonl --output mined.jsonl")
+        say(f"All rows have label {low}, and training needs others too. To find irrelevant ones in your corpus:\n"
+            f"  python tools/mine_hard_negatives.py {shlex.quote(args.output)} --corpus corpus.jsonl --output mined.jsonl")
     else:
         say(f"Next: python train_bert_rerank.py --train_dataset {shlex.quote(args.output)}{scale}")
 
