@@ -238,14 +238,19 @@ def id_rows(files, columns, args):
     if len(texts) != 2 or not shapes & {"qrels", "triples of ids"} or {"top1000", "qrels"} & shapes == {"top1000"}:
         raise UserError("files of ids are given together: queries and passages (two columns, id and text), qrels or "
                         f"triples of ids, and top1000 only with qrels. Here are: {', '.join(sorted(shapes))}")
-    relevance, passages = defaultdict(set), set()  # {query: its judged passages}
-    for *_, (query, _, passage, _) in records("qrels"):
-        relevance[query].add(passage)
-        passages.add(passage)
-    queries = {*relevance}
-    for *_, (query, *pair) in records("triples of ids"):
+
+    def judged():
+        for path, place, (query, _, passage, label) in records("qrels"):
+            yield path, place, query, [(passage, label)]
+        for path, place, (query, positive, negative) in records("triples of ids"):
+            yield path, place, query, [(positive, 1), (negative, 0)]
+
+    relevance, queries, passages = defaultdict(set), set(), set()  # relevance: {query: its judged passages}
+    for *_, query, labels in judged():
         queries.add(query)
-        passages.update(pair)
+        passages.update(passage for passage, _ in labels)
+        if "top1000" in shapes:
+            relevance[query].update(passage for passage, _ in labels)
     found = {path: {} for path in texts}
     for path, _, (name, text) in tqdm(records("texts"), desc="Reading texts", unit=" texts"):
         if name in passages or name in queries:
@@ -274,10 +279,7 @@ def id_rows(files, columns, args):
             raise ValueError(f"query {query} is not in the qrels: which of its passages are relevant is not known")
         return [] if passage in relevance[query] else [(*texts, 0)]
 
-    for path, place, (query, _, passage, label) in records("qrels"):
-        yield path, place, partial(rows, query, [(passage, label)])
-    for path, place, (query, positive, negative) in records("triples of ids"):
-        yield path, place, partial(rows, query, [(positive, 1), (negative, 0)])
+    yield from ((path, place, partial(rows, query, labels)) for path, place, query, labels in judged())
     yield from ((path, place, partial(candidate, *fields)) for path, place, fields in records("top1000"))
     yield from wrong
 
@@ -337,14 +339,14 @@ def convert(args, columns):
     say(f"{args.output}: {len(seen)} rows, skipped: none; repetitions written once: {repeated}")
     for label, count in sorted(labels.most_common(20)):
         say(f"Label {label:.2f}: {count} ({count / len(seen):.2%})")
-    scale = "" if 0 <= low and high <= 1 or low == high else f" --min_label={low} --max_label={high}"
-    if scale:
-        say(f"Labels go from {low} to {high}; if your scale is wider, give its ends to min_label and max_label.")
+    output, scale = shlex.quote(args.output), "" if 0 <= low and high <= 1 else f" --min_label={low} --max_label={high}"
     if low == high:
         say(f"All rows have label {low}, and training needs others too. To find irrelevant ones in your corpus:\n"
-            f"  python tools/mine_hard_negatives.py {shlex.quote(args.output)} --corpus corpus.jsonl --output mined.jsonl")
-    else:
-        say(f"Next: python train_bert_rerank.py --train_dataset {shlex.quote(args.output)}{scale}")
+            f"  python tools/mine_hard_negatives.py {output} --corpus corpus.jsonl --output mined.jsonl")
+        return
+    if scale:
+        say(f"Labels go from {low} to {high}; if your scale is wider, give its ends to min_label and max_label.")
+    say(f"Next: python train_bert_rerank.py --train_dataset {output}{scale}")
 
 
 def main():
