@@ -153,6 +153,12 @@ def test_several_inputs_are_one_output_and_a_repetition_is_written_once(convert,
     assert (tmp_path / "rows.jsonl.gz").read_bytes()[:2] == b"\x1f\x8b"
 
 
+def test_a_name_is_no_pattern(convert, tmp_path):
+    for name in ("data[1].parquet", "data1.parquet"):
+        datasets.Dataset.from_dict({"anchor": [name], "positive": [D]}).to_parquet(tmp_path / name)
+    assert convert("data[1].parquet")[0] == [("data[1].parquet", D, 1)]
+
+
 def test_named_and_counted_columns(convert, tmp_path):
     write_csv(tmp_path / "data.csv", [("题 目", "b=c,d", "e"), (Q, D, 3), (Q, N, 0)])
     named = convert("data.csv", "--columns", "label=e", "query=题 目", "content=b=c,d", labels=(0, 3))[0]
@@ -163,14 +169,14 @@ def test_named_and_counted_columns(convert, tmp_path):
 
 
 def test_a_label_outside_of_0_to_1_is_told_with_the_command_that_trains_on_it(convert, tmp_path, monkeypatch):
-    write_csv(tmp_path / "data.csv", [("query", "passage", "score"), (Q, D, 4.5), (Q, N, -1.25)])
-    rows, said = convert("data.csv", labels=(-1.25, 4.5))
-    assert rows == [(Q, D, 4.5), (Q, N, -1.25)] and "Labels go from -1.25 to 4.5; " in said
+    write_csv(tmp_path / "data.csv", [("query", "passage", "score"), (Q, D, 4.5), (Q, N, -5e-05)])
+    rows, said = convert("data.csv", labels=(-5e-05, 4.5))
+    assert rows == [(Q, D, 4.5), (Q, N, -5e-05)] and "Labels go from -5e-05 to 4.5; " in said
     words = shlex.split(said.rpartition("Next: python train_bert_rerank.py ")[2])
     from train_bert_rerank import check_settings, load_data, parse_command_line
 
     train_rows, *_ = load_data({**check_settings({}), "eval_dataset": None, **parse_command_line(words)})
-    assert train_rows["label"].tolist() == [4.5, -1.25]
+    assert train_rows["label"].tolist() == [4.5, -5e-05]
 
 
 def test_relevant_rows_alone_are_said_with_the_command_that_finds_others(convert, tmp_path):
