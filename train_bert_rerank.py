@@ -22,7 +22,6 @@ import sys
 import threading
 import time
 import zlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
@@ -203,6 +202,8 @@ class BertRerankerModel(torch.nn.Module):
         """Write model (safetensors) and tokenizer as transformers does; the inverse of from_pretrained."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        path = Path(folder, "tokenizer_config.json")  # with the name that servers with transformers 4 know as well
+        path.write_text(path.read_text("utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), "utf-8")
 
     @property
     def max_len(self) -> int:
@@ -347,7 +348,7 @@ def parse_line(line, min_label, max_label):
 def read_rows(path, min_label, max_label, digest=None):
     """Yield (query, content, label, line) of each row of a JSONL file, plain or gzip. UserError after the last line:
     the first ten bad ones. With `digest` a bar is shown, and all bytes go into the digest."""
-    bad, bad_count, shapes = "", 0, Counter()
+    bad, bad_count, shapes = "", 0, {}
     foreign = ("\nData of another shape (CSV, TSV, parquet, other keys, a data set's folder): "
                + shlex.join(["python", "tools/convert_data.py", path, "--output", f"{Path(path).stem}_rows.jsonl"]))
     try:
@@ -368,7 +369,7 @@ def read_rows(path, min_label, max_label, digest=None):
                     continue
                 try:
                     shape, rows = parse_line(line, min_label, max_label)
-                    shapes[shape] += 1
+                    shapes[shape] = shapes.get(shape, 0) + 1
                     yield from ((*row, number) for row in rows)
                 except ValueError as error:
                     bad_count += 1
@@ -1197,22 +1198,22 @@ def language_of(texts):
 
 def write_model_card(folder, model, report, args, facts, verdict):
     """Write README.md: metadata as the hub reads it, the verdict, use in four libraries, settings. It names no path."""
-    name, formats, is_local = args["model_name_or_path"], model.formats, Path(args["model_name_or_path"]).is_dir()
-    base, title = Path(name).name if is_local else name, Path(args["output_dir"]).resolve().name
-    settings = {key: value for key, value in {**args, "model_name_or_path": base, **facts["versions"]}.items()
-                if key not in ("train_dataset", "eval_dataset", "output_dir", "resume_from_checkpoint")}
+    name, formats = args["model_name_or_path"], model.formats
+    title = Path(name).name + (", unchanged" if report and report["chosen"] == "base" else ", fine-tuned")
+    settings = {key: value for key, value in args.items() if key not in NAMES + NEUTRAL}
+    settings |= {"samples of a step": facts["identity"]["samples of a step"], **facts["versions"]}
     results = [EvalResult("text-ranking", "custom", Path(report["dataset"]).name, key, round(value, 4))
                for key, value in report["after"].items() if value is not None] if report else None
-    card = ModelCardData(language=facts["language"], base_model=None if is_local else name, pipeline_tag="text-ranking",
-                         library_name="sentence-transformers", tags=["cross-encoder", "reranker", "train_bert_rerank"],
-                         model_name=title, eval_results=results)
+    card = ModelCardData(language=facts["language"], base_model=None if Path(name).is_dir() else name,
+                         pipeline_tag="text-ranking", library_name="sentence-transformers", model_name=title,
+                         tags=["cross-encoder", "reranker", "train_bert_rerank"], eval_results=results)
     query, document = (side if form == "{}" else f"{form!r}.replace('{{}}', {side})"
                        for form, side in zip(formats, ("query", "document"), strict=True))
     text = f"""---\n{card.to_yaml()}\n---
 
 # {title}
 
-A cross-encoder for reranking: {base}, {"unchanged" if report and report["chosen"] == "base" else "fine-tuned"}.
+A cross-encoder for reranking.
 ```
 {verdict}
 ```
@@ -1231,8 +1232,7 @@ print(BertRerankerModel.from_pretrained(folder).rank(query, documents))
 pairs = [({query}, {document}) for document in documents]
 print(CrossEncoder(folder).predict(pairs))
 print(FlagReranker(folder, normalize=True, max_length={model.tokenizer.model_max_length}).compute_score(pairs))
-classify = pipeline("text-classification", folder, truncation="only_second")
-print(classify([{{"text": one, "text_pair": other}} for one, other in pairs]))
+print(pipeline("text-classification", folder, truncation="only_second")([dict(text=q, text_pair=d) for q, d in pairs]))
 ```
 
 ## Training
