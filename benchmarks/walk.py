@@ -2,8 +2,8 @@
 
     python benchmarks/walk.py docs/serving.md
 
-Commands are echoed as they run; the first that fails ends the walk with its exit status, and the clone is removed. What is not
-committed is not seen.
+Commands are echoed as they run; the first that fails ends the walk with its exit status. The clone is removed, and
+what is not committed is not in it.
 """
 
 import re
