@@ -130,6 +130,7 @@ def ndcg(rows, scores):
 def measure(name, lists):
     """NDCG@10 of each query of each of the lists by the model `name`: {title: [Q]}."""
     model = product.BertRerankerModel.from_pretrained(name).eval().to(miner.DEVICE)
+    model.tokenizer.model_max_length = SETTINGS["max_len"]
     pairs = {title: [(row["query"], row["content"]) for row in rows] for title, rows in lists.items()}
     return {title: ndcg(lists[title], model.predict(pairs[title], show_progress_bar=False,
                                                     activation_fn=torch.nn.Identity()).astype(float))

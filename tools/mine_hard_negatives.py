@@ -57,6 +57,7 @@ from train_bert_rerank import (  # noqa: E402
 )
 
 ADVICE = 'A line of a corpus should be {"content": "…"} in JSON (or text, contents; title before it), or id<TAB>text.'
+CHUNK = 10_000  # documents that are embedded before the best so far are kept
 DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
@@ -162,7 +163,7 @@ def embedding_candidates(documents, queries, name, count):
     options = {"normalize_embeddings": True, "convert_to_tensor": True, "show_progress_bar": False}
     of_queries = model.encode_query(queries, **options)
     scores, numbers = of_queries.new_zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.long).to(DEVICE)
-    documents, size = iter(documents), min(10_000, 100_000_000 // len(queries) + 1)  # at most 0.4 GB of scores at once
+    documents, size = iter(documents), min(CHUNK, 100_000_000 // len(queries) + 1)  # at most 0.4 GB of scores at once
     with tqdm(desc="Searching by embeddings", unit="documents") as bar:
         while chunk := list(islice(documents, size)):
             new = of_queries @ model.encode_document(chunk, **options).T
