@@ -2,7 +2,7 @@
 
     pip install bm25s PyStemmer rank_bm25
     python benchmarks/hard_negatives.py mine --data CRANFIELD --base cranfield_base --folder mined
-    python benchmarks/hard_negatives.py train --data CRANFIELD --base cranfield_base --folder mined
+    python benchmarks/hard_negatives.py train --base cranfield_base --folder mined
     python benchmarks/hard_negatives.py recall --data CRANFIELD    # tools/mine_hard_negatives.py's BM25 and rank_bm25's
     python benchmarks/hard_negatives.py memory                     # a million documents
 

@@ -234,7 +234,7 @@ def test_killed_and_started_again_gives_the_same_bytes(mine, write_jsonl, tmp_pa
      r"no text\n  line 5: the text is blank\n  line 6: not a JSON object\nA line of a corpus should be"),
     ("corpus.tsv", ["1\t好", "", "坏"], r"corpus.tsv: 1 bad lines\n  line 3: neither a JSON object nor id<TAB>text"),
     ("corpus.jsonl", [], r"corpus.jsonl: no lines"),
-    ("corpus.jsonl", None, r"corpus.jsonl: cannot be read: No such file"),
+    ("corpus.jsonl", None, r"corpus.jsonl: cannot be read or copied: No such file"),
     ("rows.jsonl", ['{"query": "好", "content": "好", "label": "1"}'], r"rows.jsonl: 1 bad line\n  line 1: label is"),
     ("rows.jsonl", ['{"query": "好", "content": "好", "label": 0}'], r"rows.jsonl: no row has a label of 0.5 or more"),
 ])  # fmt: skip

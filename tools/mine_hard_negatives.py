@@ -105,7 +105,7 @@ def read_corpus(path, store, digest):
                 except (ValueError, RecursionError) as error:
                     bad.append(f"\n  line {number}: {error}" if len(bad) < 10 else "")
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"{path}: cannot be read or copied: {getattr(error, 'strerror', None) or error}") from error
     if bad or len(ends) == 1:
         more = f"\n  … and {len(bad) - 10} more" * (len(bad) > 10)
         raise UserError(f"{path}: {len(bad) or 'no'} {'bad ' * bool(bad)}lines{''.join(bad)}{more}\n{ADVICE}")
@@ -190,7 +190,6 @@ def open_sidecar(path, key):
     first, *lines = found.splitlines() or [key]
     if first != key:
         raise UserError(f"{path} is of a call with other data, model or settings: remove it, or take another --output")
-    path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "r+b" if path.exists() else "wb")
     file.truncate(len(found))
     file.seek(len(found))
@@ -283,7 +282,8 @@ def mine(options):
     queries = [query for query in rows if any(label >= options.middle for _, label in rows[query])]
     if not queries:
         raise UserError(f"{options.train_dataset}: no row has a label of {options.middle} or more: nothing to mine for")
-    with tempfile.TemporaryFile() as store:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=output.parent) as store:  # of as many bytes as the texts have
         ends = read_corpus(options.corpus, store, digest)
         read, count = partial(read_text, store, ends), len(ends) - 1
         language = options.language
@@ -366,6 +366,8 @@ def main():
         sys.exit(f"Error: {error}: pip install bm25s PyStemmer jieba sentence-transformers")
     except (UserError, OSError) as error:
         sys.exit(f"Error: {printable(error)}")
+    except KeyboardInterrupt:
+        sys.exit("Stopped; the same command goes on from where it was.")
 
 
 if __name__ == "__main__":
