@@ -198,20 +198,20 @@ def open_sidecar(path, key):
 
 
 def screen(rows, numbers, read, options):
-    """Candidates that are to be scored, [(rank, text)], and those that are not, [(rank, text, reason, None)]. Texts
-    that differ in white space alone are the same."""
+    """Candidates that are to be scored, [(rank, text)], and why each of the others is not: [reason]. Texts that differ
+    in white space alone are the same."""
     known = {"".join(content.split()): "known positive" if label >= options.middle else "known irrelevant"
              for content, label in rows}  # fmt: skip
-    to_score, out = [], []
+    to_score, reasons = [], []
     for rank, number in enumerate(numbers[options.range_min :], start=options.range_min):
         text = read(number)
-        reason = known.get("".join(text.split()))
-        known.setdefault("".join(text.split()), "same text as another candidate")
-        if reason:
-            out.append((rank, text, reason, None))
+        bare = "".join(text.split())
+        if bare in known:
+            reasons.append(known[bare])
         else:
+            known[bare] = "same text as another candidate"
             to_score.append((rank, text))
-    return to_score, out
+    return to_score, reasons
 
 
 def choose(query, scored, positive, options):
@@ -244,13 +244,13 @@ def write(output, options, rows, found, read):
         for query, known in rows.items():
             lines = [{"query": query, "content": content, "label": label} for content, label in known]
             if query in found:
-                to_score, out = screen(known, found[query][0], read, options)
+                to_score, reasons = screen(known, found[query][0], read, options)
                 texts = [content for content, label in known if label >= options.middle]
                 scores, others = found[query][1][: len(texts)], found[query][1][len(texts) :]
                 scored = [(*each, score) for each, score in zip(to_score, others, strict=True)]
                 kept, rest = choose(query, scored, float(np.median(scores)), options)
                 lines += [{"query": query, "content": text, "label": options.min_label} for _, text, _ in kept]
-                counts.update(["negative"] * len(kept) + [reason for _, _, reason, _ in out + rest])
+                counts.update(["negative"] * len(kept) + reasons + [reason for _, _, reason, _ in rest])
                 too_few += len(kept) < options.num_negatives
                 if query in shown:
                     parts = [("positive", score, text) for score, text in zip(scores, texts, strict=True)][:3]
