@@ -214,7 +214,7 @@ def test_killed_and_started_again_gives_the_same_bytes(mine, write_jsonl, tmp_pa
     with open(sidecar, "ab") as file:
         file.write(b"[0.123, 0.4")  # a line that the kill cut off
     monkeypatch.setattr(sys, "argv", [*command[1:], "--range_max", "19"])
-    with pytest.raises(SystemExit, match="killed.jsonl.unfinished is of a call with other data, model or settings"):
+    with pytest.raises(SystemExit, match="killed.jsonl.unfinished is of other data, another model or other"):
         miner.main()
     calls, predict = [], BertRerankerModel.predict
     monkeypatch.setattr(BertRerankerModel, "predict", lambda self, *a, **k: calls.append(1) or predict(self, *a, **k))
@@ -268,3 +268,12 @@ def test_an_encoder_without_a_head_is_refused(mine, reranker, tmp_path):
     reranker.tokenizer.save_pretrained(tmp_path / "encoder")
     with pytest.raises(SystemExit, match="encoder is no reranker: it lacks classifier"):
         mine("out.jsonl", POSITIVES, DOCUMENTS, "--model_name_or_path", tmp_path / "encoder")
+
+
+def test_a_failed_search_leaves_nothing_that_is_in_the_way(mine, tmp_path):
+    """A mistyped embedding model is an error, and the call with the right one starts."""
+    with pytest.raises(SystemExit, match="--embedding_model .*none cannot be loaded"):
+        mine("out.jsonl", POSITIVES, DOCUMENTS, "--embedding_model", tmp_path / "none")
+    assert not list(tmp_path.glob("out.jsonl*"))
+    negatives, _ = mine("out.jsonl", POSITIVES, DOCUMENTS, "--embedding_model", TINY)
+    assert len(negatives) == len(POSITIVES)

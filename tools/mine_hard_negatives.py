@@ -183,18 +183,12 @@ def fuse(rankings):
     return sorted(weights, key=lambda number: (-weights[number], number))
 
 
-def open_sidecar(path, key):
-    """The complete lines, after the first, that an earlier call with the same `key` left, and the file to go on in."""
-    found = path.read_bytes() if path.exists() else b""
-    found = found[: found.rfind(b"\n") + 1]  # a line may have been cut off
-    first, *lines = found.splitlines() or [key]
-    if first != key:
-        raise UserError(f"{path} is of a call with other data, model or settings: remove it, or take another --output")
-    file = open(path, "r+b" if path.exists() else "wb")
-    file.truncate(len(found))
-    file.seek(len(found))
-    file.write(b"" if found else key + b"\n")
-    return lines, file
+def earlier_lines(sidecar, key):
+    """The complete lines that an earlier call with the same `key`, the first line, left in its sidecar."""
+    first, *lines = sidecar.read_bytes().splitlines(keepends=True) if sidecar.exists() else [key]
+    if first.strip() != key:
+        raise UserError(f"{sidecar} is of other data, another model or other settings: remove it, or change --output")
+    return [line for line in lines if line.endswith(b"\n")]  # the last may have been cut off
 
 
 def screen(rows, numbers, read, options):
@@ -298,18 +292,20 @@ def mine(options):
             digest.update(part.encode())
         for weight in model.state_dict().values():
             digest.update(weight.numpy())
-        lines, file = open_sidecar(sidecar, digest.hexdigest().encode())
-        with file:
-            if not lines:
-                found = bm25_candidates(map(read, range(count)), queries, tokenizer_of(language), options.range_max)
-                if options.embedding_model:
-                    nearest = embedding_candidates(map(read, range(count)), queries, options.embedding_model,
-                                                   options.range_max)  # fmt: skip
-                    found = [fuse(both)[: options.range_max] for both in zip(found, nearest, strict=True)]
-                lines = [json.dumps(found).encode()]
-                file.write(lines[0] + b"\n")
-            numbers, *scores = map(json.loads, lines)
-            model.to(DEVICE)
+        key = digest.hexdigest().encode()
+        lines = earlier_lines(sidecar, key)
+        if not lines:
+            found = bm25_candidates(map(read, range(count)), queries, tokenizer_of(language), options.range_max)
+            if options.embedding_model:
+                nearest = embedding_candidates(map(read, range(count)), queries, options.embedding_model,
+                                               options.range_max)  # fmt: skip
+                found = [fuse(both)[: options.range_max] for both in zip(found, nearest, strict=True)]
+            lines = [json.dumps(found).encode() + b"\n"]
+        with whole_file(sidecar) as file:
+            file.writelines([key + b"\n", *lines])
+        numbers, *scores = map(json.loads, lines)
+        model.to(DEVICE)
+        with open(sidecar, "ab") as file:
             bar = tqdm(zip(queries, numbers, strict=True), "Scoring", len(queries))
             for place, (query, own) in enumerate(bar):
                 if place >= len(scores):  # else an earlier call did it
