@@ -338,7 +338,7 @@ def main():
     add("--embedding_model", help="of sentence-transformers: its candidates join those of BM25")
     add("--language", choices=("auto", "zh", "en"), default="auto", help="how BM25 finds words (default auto)")
     add("--num_negatives", type=int, default=4, help="of each query (default 4)")
-    add("--range_min", type=int, default=0, help="rank of the first candidate, from 0 (default 0)")
+    add("--range_min", type=int, default=0, help="the retriever's rank of the first candidate, from 0 (default 0)")
     add("--range_max", type=int, default=50, help="rank before which candidates end (default 50)")
     add("--sampling_strategy", choices=("top", "random"), default="top", help="top (default): highest probabilities")
     add("--max_score", type=number_or_none, help="no negatives of a probability above this")
