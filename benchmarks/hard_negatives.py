@@ -9,8 +9,8 @@
 The corpus is all 1,337 abstracts of the two Cranfield files, the positives are those of the 75 training queries that
 the Cranfield base (cranfield_base.py) has not seen; rows known to be irrelevant are not used. `mine` writes a training
 file for each arm: negatives drawn at random among all but the query's positives, the hardest by the base's own
-probability with `--relative_margin 0.05`, and the hardest with no filter; each arm has as many negatives of a query as
-the filter left, eight at most. It also writes BM25's first 50 abstracts of each evaluation query. `train` needs none of
+probability with `--relative_margin 0.05`, the hardest with no filter, and half of each of the first two; each arm has as
+many negatives of a query as the filter left, eight at most. It also writes BM25's first 50 abstracts of each evaluation query. `train` needs none of
 the packages above: it fine-tunes the base on each file at max_len 128 and keeps the last weights, so that nothing is
 chosen on the evaluation queries. NDCG@10 is that of the evaluation file's candidate lists, and of BM25's 50 reranked
 (relevant abstracts that BM25 did not find count in the ideal ranking). Differences are paired by query, averaged over
@@ -41,7 +41,7 @@ import mine_hard_negatives as miner  # noqa: E402
 
 import train_bert_rerank as product  # noqa: E402
 
-ARMS = ("random", "mined_filtered", "mined_unfiltered")
+ARMS = ("random", "mined_filtered", "mined_unfiltered", "half_mined_half_random")
 LISTS = {"evaluation file": "eval.jsonl.gz", "BM25 top 50": "bm25.jsonl.gz"}
 TOOL = str(ROOT / "tools" / "mine_hard_negatives.py")
 
@@ -85,7 +85,7 @@ def mine(options):
         command = ["tool", "--train_dataset", write_rows(f"{scratch}/positives.jsonl", positives), "--corpus",
                    write_rows(f"{scratch}/corpus.jsonl", [{"text": text} for text in documents]),
                    "--model_name_or_path", options.base, "--num_negatives", "8"]  # fmt: skip
-        for arm, margin in zip(ARMS[1:], ("0.05", "None"), strict=True):
+        for arm, margin in zip(ARMS[1:3], ("0.05", "None"), strict=True):
             print(f"\n{arm}:", flush=True)
             output = f"{scratch}/{margin}.jsonl"
             with mock.patch.object(sys, "argv", [*command, "--output", output, "--relative_margin", margin]):
@@ -101,6 +101,8 @@ def mine(options):
     draw = random.Random(0)
     found["random"] = {query: draw.sample([text for text in documents if text not in of_query[query]], count)
                        for query, count in counts.items()}  # fmt: skip
+    found[ARMS[3]] = {query: found[ARMS[1]].get(query, [])[: (count + 1) // 2] + found["random"][query][: count // 2]
+                      for query, count in counts.items()}  # fmt: skip
     for arm in ARMS:
         negatives = [{"query": query, "content": text, "label": 0} for query, count in counts.items()
                      for text in found[arm].get(query, [])[:count]]  # fmt: skip
@@ -144,41 +146,43 @@ def change(differences):
     return f"{differences.mean():+.4f} {interval}"
 
 
+def fine_tuned(options, arm, seed, lists):
+    """NDCG@10 of each query, {title: [Q]}, after fine-tuning the base on an arm's file; from the folder, if there."""
+    folder = Path(options.folder)
+    kept = folder / f"{arm}, lr {options.lr}, {options.epochs} epochs, seed {seed}.json"
+    if not kept.exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            silence = io.StringIO()
+            with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+                product.train({**SETTINGS, "model_name_or_path": options.base, "lr": options.lr, "seed": seed,
+                               "train_dataset": str(folder / f"{arm}.jsonl.gz"), "eval_dataset": None,
+                               "epochs": options.epochs, "output_dir": f"{scratch}/run"})  # fmt: skip
+            found = measure(f"{scratch}/run/final_model", lists)
+        kept.write_text(json.dumps({title: each.tolist() for title, each in found.items()}))
+    return {title: np.array(each) for title, each in json.loads(kept.read_text()).items()}
+
+
 def train(options):
     """Fine-tune the base on each arm's file with each seed; print a Markdown table."""
-    folder, values = Path(options.folder), {}
-    lists = {title: read_gzip(folder / name) for title, name in LISTS.items()}
+    lists = {title: read_gzip(Path(options.folder, name)) for title, name in LISTS.items()}
     base = measure(options.base, lists)
     bm25 = np.array([-1.0 * (row["rank"] or 0) for row in lists["BM25 top 50"]])
-    for seed in options.seeds:
-        for arm in ARMS:
-            with tempfile.TemporaryDirectory() as scratch:
-                silence = io.StringIO()
-                with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-                    report = product.train({
-                        **SETTINGS, "model_name_or_path": options.base,
-                        "train_dataset": str(folder / f"{arm}.jsonl.gz"),
-                        "eval_dataset": str(folder / LISTS["evaluation file"]), "lr": options.lr, "seed": seed,
-                        "epochs": options.epochs, "mixed_precision": options.mixed_precision,
-                        "load_best_model_at_end": False, "output_dir": f"{scratch}/run"})["report"]  # fmt: skip
-                values[arm, seed] = measure(f"{scratch}/run/final_model", lists)
-            means = {title: each.mean() for title, each in values[arm, seed].items()}
-            print(f"seed {seed}, {arm}: train()'s report {report['before']['ndcg@10']:.4f} -> "
-                  f"{report['after']['ndcg@10']:.4f}; measured "
-                  + ", ".join(f"{title} {base[title].mean():.4f} -> {mean:.4f}" for title, mean in means.items()),
-                  flush=True)  # fmt: skip
-    arms = {arm: {title: np.mean([values[arm, seed][title] for seed in options.seeds], axis=0) for title in LISTS}
-            for arm in ARMS}  # fmt: skip
-    print(f"\n{len(options.seeds)} seeds, {options.epochs} epochs, lr {options.lr}, {miner.DEVICE.type}, precision "
-          f"{options.mixed_precision}. NDCG@10 of BM25's own order: {ndcg(lists['BM25 top 50'], bm25).mean():.4f}.\n")
+    arms = {}
+    for arm in ARMS:
+        values = [fine_tuned(options, arm, seed, lists) for seed in options.seeds]
+        arms[arm] = {title: np.mean([each[title] for each in values], axis=0) for title in LISTS}
+        print(arm, *(f"{title} {' '.join(f'{each[title].mean():.4f}' for each in values)}" for title in LISTS),
+              sep=", ", flush=True)  # fmt: skip
+    print(f"\n{len(options.seeds)} seeds, {options.epochs} epochs, lr {options.lr}, {miner.DEVICE.type}. NDCG@10 of "
+          f"BM25's own order: {ndcg(lists['BM25 top 50'], bm25).mean():.4f}.\n")  # fmt: skip
     print(f"| | {' | '.join(LISTS)} |\n| --- | --- | --- |")
     print(f"| base, NDCG@10 | {' | '.join(f'{base[title].mean():.4f}' for title in LISTS)} |")
     for arm in ARMS:
         after = (f"{arms[arm][title].mean():.4f}, {change(arms[arm][title] - base[title])}" for title in LISTS)
         print(f"| {arm}: NDCG@10, change from the base, 95 % interval | {' | '.join(after)} |")
-    for first, second in ((ARMS[1], ARMS[0]), (ARMS[2], ARMS[0]), (ARMS[1], ARMS[2])):
-        print(f"| {first} less {second} | "
-              + " | ".join(change(arms[first][title] - arms[second][title]) for title in LISTS) + " |")  # fmt: skip
+    for arm in ARMS[1:]:
+        print(f"| {arm} less random | "
+              + " | ".join(change(arms[arm][title] - arms["random"][title]) for title in LISTS) + " |")  # fmt: skip
 
 
 def recall(options):
@@ -240,7 +244,6 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45, 46])
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=3e-5)
-    parser.add_argument("--mixed_precision", default="no")
     parser.add_argument("--documents", type=int, default=1_000_000, help="of memory")
     options = parser.parse_args()
     {"mine": mine, "train": train, "recall": recall, "memory": memory}[options.part](options)

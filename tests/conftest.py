@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tiny_reranker")
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run two at a time
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two processes on two cores would spin against each other
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
