@@ -9,9 +9,9 @@
 The corpus is all 1,337 abstracts of the two Cranfield files, the positives are those of the 75 training queries that
 the Cranfield base (cranfield_base.py) has not seen; rows known to be irrelevant are not used. `mine` writes a training
 file for each arm: negatives drawn at random among all but the query's positives, the hardest by the base's own
-probability with `--relative_margin 0.05`, the hardest with no filter, and half of each of the first two; each arm has as
-many negatives of a query as the filter left, eight at most. It also writes BM25's first 50 abstracts of each evaluation query. `train` needs none of
-the packages above: it fine-tunes the base on each file at max_len 128 and keeps the last weights, so that nothing is
+probability with `--relative_margin 0.05`, the hardest with no filter, and half of each of the first two; each arm has
+as many negatives of a query as the filter left, eight at most. It also writes BM25's first 50 abstracts of each
+evaluation query. `train` needs none of the packages above: it fine-tunes the base on each file at max_len 128 and keeps the last weights, so that nothing is
 chosen on the evaluation queries. NDCG@10 is that of the evaluation file's candidate lists, and of BM25's 50 reranked
 (relevant abstracts that BM25 did not find count in the ideal ranking). Differences are paired by query, averaged over
 the seeds; the interval is the product's, over queries.
