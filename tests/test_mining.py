@@ -196,19 +196,19 @@ def test_same_seed_same_bytes_and_plain_or_packed_files_the_same_rows(mine, tmp_
 
 def test_killed_and_started_again_gives_the_same_bytes(mine, write_jsonl, tmp_path, monkeypatch, capsys):
     """What was scored is not scored again; a sidecar of other settings is not gone on with."""
-    rows = [row for row in ROWS if row["label"] == 1][:25]  # whose scores fit into a file buffer: each is flushed
+    rows = [row for row in ROWS if row["label"] == 1][:13]  # their scores fit into a 4 kB buffer: it is flushed
     mine("whole.jsonl", rows, DOCUMENTS, "--range_max", 12)
     output, sidecar = tmp_path / "killed.jsonl", tmp_path / "killed.jsonl.unfinished"
     command = [sys.executable, str(ROOT / "tools" / "mine_hard_negatives.py"), *sys.argv[1:]]
     command[command.index("--output") + 1] = str(output)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={
             **os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}) as process:  # fmt: skip
-        while not sidecar.exists() or sidecar.read_bytes().count(b"\n") < 10:
+        while not sidecar.exists() or sidecar.read_bytes().count(b"\n") < 5:
             assert process.poll() is None
             time.sleep(0.005)
         process.kill()
     done = sidecar.read_bytes().count(b"\n") - 2  # after key and candidates
-    assert not output.exists() and 8 <= done < len(rows)
+    assert not output.exists() and 3 <= done < len(rows)
     with open(sidecar, "ab") as file:
         file.write(b"[0.123, 0.4")  # a line that the kill cut off
     monkeypatch.setattr(sys, "argv", [*command[1:], "--range_max", "11"])
