@@ -11,10 +11,11 @@ the Cranfield base (cranfield_base.py) has not seen; rows known to be irrelevant
 file for each arm: negatives drawn at random among all but the query's positives, the hardest by the base's own
 probability with `--relative_margin 0.05`, the hardest with no filter, and half of each of the first two; each arm has
 as many negatives of a query as the filter left, eight at most. It also writes BM25's first 50 abstracts of each
-evaluation query. `train` needs none of the packages above: it fine-tunes the base on each file at max_len 128 and keeps the last weights, so that nothing is
-chosen on the evaluation queries. NDCG@10 is that of the evaluation file's candidate lists, and of BM25's 50 reranked
-(relevant abstracts that BM25 did not find count in the ideal ranking). Differences are paired by query, averaged over
-the seeds; the interval is the product's, over queries.
+evaluation query. `train` needs none of the packages above: it fine-tunes the base on each file at max_len 128 and keeps
+the last weights, so that nothing is chosen on the evaluation queries. NDCG@10 is that of the evaluation file's
+candidate lists, and of BM25's 50 reranked (relevant abstracts that BM25 did not find count in the ideal ranking).
+Differences are paired by query, averaged over the seeds; the interval is the product's, over queries. Runs are kept in
+the folder.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def mine(options):
 
     with tempfile.TemporaryDirectory() as scratch, mock.patch.object(
             product.BertRerankerModel, "predict", predict_once):  # fmt: skip
-        command = ["tool", "--train_dataset", write_rows(f"{scratch}/positives.jsonl", positives), "--corpus",
+        command = ["tool", write_rows(f"{scratch}/positives.jsonl", positives), "--corpus",
                    write_rows(f"{scratch}/corpus.jsonl", [{"text": text} for text in documents]),
                    "--model_name_or_path", options.base, "--num_negatives", "8"]  # fmt: skip
         for arm, margin in zip(ARMS[1:3], ("0.05", "None"), strict=True):
@@ -225,7 +226,7 @@ def memory(options):
         queries = generator.permutation(words).reshape(100, -1)
         rows = [{"query": " ".join(query), "content": " ".join(query[:60]), "label": 1} for query in queries]
         started = time.perf_counter()
-        subprocess.run([sys.executable, TOOL, "--train_dataset", write_rows(f"{folder}/rows.jsonl", rows), "--corpus",
+        subprocess.run([sys.executable, TOOL, write_rows(f"{folder}/rows.jsonl", rows), "--corpus",
                         f"{folder}/corpus.tsv", "--output", f"{folder}/mined.jsonl", "--model_name_or_path",
                         str(ROOT / "tiny_reranker"), "--language", "en", "--range_max", "10", "--relative_margin",
                         "None"], check=True)  # fmt: skip

@@ -39,7 +39,7 @@ def mine(tmp_path, write_jsonl, monkeypatch, capsys):
         output = tmp_path / name
         output.unlink(missing_ok=True)
         monkeypatch.setattr(sys, "argv", [
-            "tool", "--train_dataset", write_jsonl("rows.jsonl", rows), "--corpus", corpus, "--output", str(output),
+            "tool", write_jsonl("rows.jsonl", rows), "--corpus", corpus, "--output", str(output),
             "--model_name_or_path", TINY, "--language", "zh", *map(str, arguments)])  # fmt: skip
         miner.main()
         text = (gzip.decompress(output.read_bytes()) if name.endswith(".gz") else output.read_bytes()).decode()
@@ -243,7 +243,7 @@ def test_bad_input_is_an_error_that_names_file_and_line(tmp_path, monkeypatch, n
             (tmp_path / each).write_text("\n".join(content), "utf-8")
     corpus = name if name.startswith("corpus") else "corpus.jsonl"
     monkeypatch.setattr(sys, "argv", [
-        "tool", "--train_dataset", str(tmp_path / "rows.jsonl"), "--corpus", str(tmp_path / corpus), "--output",
+        "tool", str(tmp_path / "rows.jsonl"), "--corpus", str(tmp_path / corpus), "--output",
         str(tmp_path / "out.jsonl"), "--model_name_or_path", TINY])  # fmt: skip
     with pytest.raises(SystemExit, match=f"^Error: .*{message}"):
         miner.main()

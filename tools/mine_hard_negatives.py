@@ -1,10 +1,9 @@
 """Mine hard negatives: documents of a corpus that a retriever finds for a query, and that are not relevant to it.
 
     pip install bm25s PyStemmer    # for Chinese: bm25s jieba; for --embedding_model: sentence-transformers
-    python tools/mine_hard_negatives.py --train_dataset rows.jsonl --corpus corpus.jsonl --output mined.jsonl \\
-        --model_name_or_path BAAI/bge-reranker-large
+    python tools/mine_hard_negatives.py rows.jsonl --corpus corpus.jsonl --output mined.jsonl
 
-`--train_dataset` has any shape that train_bert_rerank.py reads; of a query, rows with a label in the upper half of the
+The rows have any shape that train_bert_rerank.py reads; of a query, those with a label in the upper half of the
 scale are its positives, the others are known to be irrelevant. `--corpus` is JSONL with the text under content, text or
 contents (a title, if there, is put before it), or TSV, id<TAB>text; plain or gzip. The output holds all rows as they
 were and after those of a query with a positive its mined negatives, with `min_label`: a complete training file.
@@ -271,11 +270,11 @@ def mine(options):
     if model.new_weights:
         raise UserError(f"{options.model_name_or_path} is no reranker: it lacks {', '.join(model.new_weights)}")
     digest, rows = hashlib.sha256(), {}
-    for query, content, label, _ in read_rows(options.train_dataset, options.min_label, options.max_label, digest):
+    for query, content, label, _ in read_rows(options.rows, options.min_label, options.max_label, digest):
         rows.setdefault(query, []).append((content, label))
     queries = [query for query in rows if any(label >= options.middle for _, label in rows[query])]
     if not queries:
-        raise UserError(f"{options.train_dataset}: no row has a label of {options.middle} or more: nothing to mine for")
+        raise UserError(f"{options.rows}: no row has a label of {options.middle} or more: nothing to mine for")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=output.parent) as store:  # of as many bytes as the texts have
         ends = read_corpus(options.corpus, store, digest)
@@ -331,10 +330,11 @@ def main():
     """Parse the command line, mine, print the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--train_dataset", required=True, help="JSONL rows with queries and their positives")
+    add("rows", metavar="ROWS", help="JSONL rows with queries and their positives, plain or gzip")
     add("--corpus", required=True, help="documents to mine from")
     add("--output", required=True, help="JSONL to write; gzip where it ends in .gz")
-    add("--model_name_or_path", required=True, help="the reranker that scores candidates: the best one there is")
+    add("--model_name_or_path", default="BAAI/bge-reranker-large",
+        help="the reranker that scores candidates: your best one (default BAAI/bge-reranker-large)")  # fmt: skip
     add("--embedding_model", help="of sentence-transformers: its candidates join those of BM25")
     add("--language", choices=("auto", "zh", "en"), default="auto", help="how BM25 finds words (default auto)")
     add("--num_negatives", type=int, default=4, help="of each query (default 4)")
