@@ -4,8 +4,8 @@
     python benchmarks/versions.py "python3.12 torch==2.13.0 transformers==5.23.0 sentence-transformers==6.2.0"
 
 For each it makes a virtual environment, installs the packages and the rest of requirements.txt, runs the first command
-of README.md with one epoch, and then the tests that need little else; it prints a row of a Markdown table. On Linux some
-versions of torch come with several GB of CUDA; the environments are removed.
+of README.md with one epoch, and then the tests that need little else; it prints a row of a Markdown table. On Linux
+some versions of torch come with several GB of CUDA; the environments are removed.
 """
 
 import re
@@ -32,7 +32,8 @@ TESTS = ["tests/test_windows.py", "tests/test_inference.py", "tests/test_verdict
 def run(*command, **options):
     """The standard output, or where the command fails its exit status and the end of all that it printed."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
-    return done.stdout if not done.returncode else f"exit status {done.returncode}: {(done.stdout + done.stderr)[-600:]}"
+    said = (done.stdout + done.stderr)[-600:]
+    return f"exit status {done.returncode}: {said}" if done.returncode else done.stdout
 
 
 def exercise(combination, folder):
