@@ -229,3 +229,9 @@ def test_the_languages_of_the_default_data_and_of_nothing():
     rows = (ROOT / "default_train_data.jsonl").read_text(encoding="utf-8").splitlines()
     assert language_of(json.loads(row)["query"] for row in rows) == "zh"
     assert language_of([]) is None and language_of(["123"]) is None
+
+
+def test_the_tokenizers_class_is_one_that_transformers_4_knows_too(saved):
+    """Servers have it; docs/serving.md and benchmarks/serving_http.py run one."""
+    config = json.loads(Path(saved, "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
