@@ -111,6 +111,8 @@ def test_a_base_saved_for_logits_or_as_a_regression_becomes_a_folder_that_gives_
     assert isinstance(theirs.activation_fn, torch.nn.Identity), "else this test would show nothing"
     trained(tmp_path, model_name_or_path=str(tmp_path / "base"), eval_dataset=None)
     saved = str(tmp_path / "my_reranker" / "final_model")
+    config = Path(saved, "config.json").read_text(encoding="utf-8")
+    assert "sbert_ce" not in config, "sentence-transformers before 4, in servers too, takes it for the activation"
     expected = BertRerankerModel.from_pretrained(saved).predict([(QUERY, each) for each in DOCUMENTS])
     theirs = CrossEncoder(saved, device="cpu").predict([(QUERY, each) for each in DOCUMENTS])
     np.testing.assert_allclose(theirs, expected, atol=1e-5, rtol=0)
