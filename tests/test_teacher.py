@@ -20,8 +20,8 @@ import score_with_teacher  # noqa: E402
 from train_bert_rerank import BertRerankerModel, train  # noqa: E402
 
 LABELLED = [
-    {"query": "S35充不进电", "content": "请擦净S35底部的充电触点。", "label": 0.25},
-    {"query": "退款要几天", "pos": ["退款要七天", "第二条"], "neg": ["R42支持访客网络。"]},
+    {"query": "S35充不进电", "content": "请擦净S35底部的充电触点。", "label": "relevant"},
+    {"query": "退款要几天", "pos": ["退款要七天", "第二条"], "neg": ["R42支持访客网络。"], "pos_scores": [9.5]},
     {"query": "R42", "hits": [{"content": "R42支持访客网络。", "label": 4}, {"content": "S35" * 30}]},
 ]
 UNLABELLED = [{"query": "问", "content": "书" * count} for count in (90, 1, 40, 3)]

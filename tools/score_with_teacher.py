@@ -51,9 +51,10 @@ def pairs_of(line):
     with_labels = line
     try:
         sample = json.loads(line.decode("utf-8"))
-        for each in sample.get("hits") or [sample] * (not {"pos", "neg"} & sample.keys()):
-            if each.get("label") is None:
-                each["label"] = 0
+        for key in ("label", "pos_scores", "neg_scores"):
+            sample.pop(key, None)
+        for each in sample.get("hits") or [sample] * ("content" in sample):
+            each["label"] = 0
         with_labels = json.dumps(sample).encode()
     except (ValueError, RecursionError, AttributeError, TypeError):
         pass  # parse_line says why
