@@ -23,8 +23,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-OLDEST = "python3.10 torch==2.6.0 transformers==4.51.3 accelerate==1.6.0 sentence-transformers==4.1.0"
-NEWEST = "python3.13"
+OLDEST = "python3.11 torch==2.6.0 transformers==4.51.3 accelerate==1.6.0 sentence-transformers==4.1.0"
+NEWEST = "python3.11"
 FOR_TESTS = ("pytest", "hypothesis", "scikit-learn", "ir-measures", "sentence-transformers")
 TESTS = ("tests/test_training.py", "tests/test_windows.py", "tests/test_inference.py", "tests/test_model.py",
          "-k", "not two_processes and not number_of_processes")  # fmt: skip
