@@ -191,7 +191,8 @@ class BertRerankerModel(torch.nn.Module):
             raise UserError(f"{name} is no BERT-family encoder with a fast tokenizer, but {model.config.model_type}.")
         if tokenizer.pad_token_id is None or len(tokenizer) > model.get_input_embeddings().num_embeddings:
             raise UserError(f"{name} has another model's tokenizer: no padding, or more tokens than embeddings")
-        new_weights = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
+        mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]  # transformers 4, 5
+        new_weights = sorted([*info["missing_keys"], *mismatched])
         lost = [key for key in new_weights if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
         lost += [key for key in sorted(info["unexpected_keys"]) if ".layer." in key]
         if lost:
@@ -1157,12 +1158,11 @@ def write_rows_to_check(path, dataset, row_sums):
 
 def verdict_text(report, args):
     """All metrics, then what final_model holds, and last the verdict and what to try next, as lines."""
-    before, tuned, delta, metric = report["before"], report["fine_tuned"], report["delta"], report["metric"]
+    before, tuned, delta, metric, chosen = map(report.get, ("before", "fine_tuned", "delta", "metric", "chosen"))
     keys = [key for key in METRICS if before[key] is not None]
     if not args["epochs"]:
         return "\n".join(f"{key:17}  {before[key]:.4f}" for key in keys)
     lines = [f"{key:17}  {before[key]:.4f} → {tuned[key]:.4f}, {tuned[key] - before[key]:+.4f}" for key in keys]
-    chosen = report["chosen"]
     if chosen == "base":
         lines += [f"!!! FINE-TUNING DID NOT HELP !!! final_model holds {args['model_name_or_path']} with unchanged "
                   "weights; the fine-tuned ones, in fine_tuned_model, rank these queries worse."]

@@ -160,7 +160,7 @@ def test_a_label_outside_of_the_scale_is_refused_with_the_scale(read, low, high,
         read(line(label=label), min_label=low, max_label=high)
 
 
-@pytest.mark.parametrize("data", [b"", b"\n\r\n  \n", b"\xef\xbb\xbf", gzip.compress(b"")])
+@pytest.mark.parametrize("data", [b"", b"\n\r\n  \n", b"\xef\xbb\xbf", gzip.compress(b"", mtime=0)])
 def test_a_file_without_rows_is_refused_with_what_a_line_should_read(dataset, tmp_path, data):
     with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}/data.jsonl: no rows. Each line should be "):
         dataset(data)

@@ -244,7 +244,8 @@ def test_the_loss_is_the_mean_bce_with_logits_of_soft_labels_and_none_without_la
 
 def test_saved_weights_are_fp32_in_safetensors_and_nothing_else(model, tmp_path):
     model.save_pretrained(tmp_path)
-    assert sorted(path.suffix for path in tmp_path.iterdir() if path.suffix != ".json") == [".safetensors"]
+    suffixes = [path.suffix for path in tmp_path.iterdir() if path.suffix not in (".json", ".txt")]  # of a vocabulary
+    assert suffixes == [".safetensors"]
     assert {weight.dtype for weight in load_file(tmp_path / "model.safetensors").values()} == {torch.float32}
 
 
@@ -377,7 +378,7 @@ BROKEN_FOLDERS = {
     "broken_config": (broken_json, "cannot load .* not a valid JSON file"),
     "no_tokenizer_json": (remove("tokenizer.json"), "cannot load"),
     "no_tokenizer_at_all": (remove("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
-    "no_weights": (remove("model.safetensors"), "cannot load .* no file named model.safetensors"),
+    "no_weights": (remove("model.safetensors"), "cannot load .* no file named .*model.safetensors"),
     "weights_cut_short": (cut_short, "cannot load"),
     "a_layer_missing": (without_a_layer, r"lacks 16 weights of its encoder: roberta\.encoder\.layer\.1\."),
     "other_vocabulary": (other_vocabulary, r"lacks 1 weights of its encoder: roberta\.embeddings\.word_embeddings"),
