@@ -1221,7 +1221,7 @@ A cross-encoder for reranking.
 ## Usage
 
 It scores queries as `{formats[0]}` and documents as `{formats[1]}`, with the text for `{{}}`. train_bert_rerank sees to
-this by itself, and cuts documents to fit, never the query; for other libraries make the texts so, as below.
+this by itself, and cuts documents to fit, not the query; for other libraries make the texts so, as below.
 ```python
 from train_bert_rerank import BertRerankerModel
 from sentence_transformers import CrossEncoder

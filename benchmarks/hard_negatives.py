@@ -3,19 +3,21 @@
     pip install bm25s PyStemmer rank_bm25
     python benchmarks/hard_negatives.py mine --data CRANFIELD --base cranfield_base --folder mined
     python benchmarks/hard_negatives.py train --base cranfield_base --folder mined
+    python benchmarks/hard_negatives.py mine --data default --base tiny_reranker --folder md --num_negatives 4
+    python benchmarks/hard_negatives.py train --base tiny_reranker --folder md --lr 3e-4 --epochs 10
     python benchmarks/hard_negatives.py recall --data CRANFIELD    # tools/mine_hard_negatives.py's BM25 and rank_bm25's
     python benchmarks/hard_negatives.py memory                     # a million documents
 
 The corpus is all 1,337 abstracts of the two Cranfield files, the positives are those of the 75 training queries that
-the Cranfield base (cranfield_base.py) has not seen; rows known to be irrelevant are not used. `mine` writes a training
-file for each arm: negatives drawn at random among all but the query's positives, the hardest by the base's own
-probability with `--relative_margin 0.05`, the hardest with no filter, and half of each of the first two; each arm has
-as many negatives of a query as the filter left, eight at most. It also writes BM25's first 50 abstracts of each
-evaluation query. `train` needs none of the packages above: it fine-tunes the base on each file at max_len 128 and keeps
-the last weights, so that nothing is chosen on the evaluation queries. NDCG@10 is that of the evaluation file's
-candidate lists, and of BM25's 50 reranked (relevant abstracts that BM25 did not find count in the ideal ranking).
-Differences are paired by query, averaged over the seeds; the interval is the product's, over queries. Runs are kept in
-the folder.
+the Cranfield base (cranfield_base.py) has not seen; or the default data's texts and questions. Rows known to be
+irrelevant are not used. `mine` writes a training file for each arm: negatives drawn at random among all but the query's
+positives, the hardest by the base's own probability with `--relative_margin 0.05`, the hardest with no filter, and half
+of each of the first two; each arm has as many negatives of a query as the filter left. It also writes BM25's first 50
+abstracts of each evaluation query. `train` needs none of the packages above: it fine-tunes the base on each file at
+max_len 128 and keeps the last weights, so that nothing is chosen on the evaluation queries. NDCG@10 is that of the
+evaluation file's candidate lists, and of BM25's 50 reranked (relevant abstracts that BM25 did not find count in the
+ideal ranking). Differences are paired by query, averaged over the seeds; the interval is the product's, over queries.
+Runs are kept in the folder.
 """
 
 import argparse
@@ -47,11 +49,13 @@ LISTS = {"evaluation file": "eval.jsonl.gz", "BM25 top 50": "bm25.jsonl.gz"}
 TOOL = str(ROOT / "tools" / "mine_hard_negatives.py")
 
 
-def cranfield(data):
-    """Rows of the evaluation file, and all distinct abstracts of both files."""
-    eval_rows = read(Path(data, "cranfield_eval.jsonl").resolve())
-    rows = read(Path(data, "cranfield_train.jsonl").resolve()) + eval_rows
-    return eval_rows, list(dict.fromkeys(row["content"] for row in rows))
+def collection(data):
+    """Rows to train on, rows of the evaluation file, all distinct texts of both files, and the texts' language."""
+    is_default = data == "default"
+    name = "default_{}_data.jsonl" if is_default else str(Path(data, "cranfield_{}.jsonl").resolve())
+    train_rows, eval_rows = (read(name.format(part)) for part in ("train", "eval"))
+    documents = list(dict.fromkeys(row["content"] for row in train_rows + eval_rows))
+    return train_rows if is_default else halves(data)[1], eval_rows, documents, "zh" if is_default else "en"
 
 
 def write_gzip(path, rows):
@@ -68,10 +72,10 @@ def read_gzip(path):
 
 def mine(options):
     """Write the arms' training files and the candidate lists into a folder; print the tool's report of both arms."""
-    eval_rows, documents = cranfield(options.data)
+    train_rows, eval_rows, documents, language = collection(options.data)
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    positives = [row for row in halves(options.data)[1] if row["label"] == 1]
+    positives = [row for row in train_rows if row["label"] == 1]
     found, scores, predict = {}, {}, product.BertRerankerModel.predict
 
     def predict_once(self, pairs, **settings):
@@ -85,7 +89,7 @@ def mine(options):
             product.BertRerankerModel, "predict", predict_once):  # fmt: skip
         command = ["tool", write_rows(f"{scratch}/positives.jsonl", positives), "--corpus",
                    write_rows(f"{scratch}/corpus.jsonl", [{"text": text} for text in documents]),
-                   "--model_name_or_path", options.base, "--num_negatives", "8"]  # fmt: skip
+                   "--model_name_or_path", options.base, "--num_negatives", str(options.num_negatives)]  # fmt: skip
         for arm, margin in zip(ARMS[1:3], ("0.05", "None"), strict=True):
             print(f"\n{arm}:", flush=True)
             output = f"{scratch}/{margin}.jsonl"
@@ -111,7 +115,7 @@ def mine(options):
         print(f"{arm}: {len(positives)} positives, {len(negatives)} negatives")
     labels = {(row["query"], row["content"]): row["label"] for row in eval_rows}
     queries, rows = list(dict.fromkeys(row["query"] for row in eval_rows)), []
-    for query, numbers in zip(queries, miner.bm25_candidates(documents, queries, miner.tokenizer_of("en"), 50),
+    for query, numbers in zip(queries, miner.bm25_candidates(documents, queries, miner.tokenizer_of(language), 50),
                               strict=True):  # fmt: skip
         texts = {documents[number]: rank for rank, number in enumerate(numbers)}
         texts |= {text: None for each, text in labels if each == query and labels[each, text] and text not in texts}
@@ -190,17 +194,17 @@ def recall(options):
     """Share of the relevant abstracts among the first 10, 50 and 100 of bm25s and of rank_bm25 on the same terms."""
     from rank_bm25 import BM25Okapi
 
-    eval_rows, documents = cranfield(options.data)
+    _, eval_rows, documents, language = collection(options.data)
     relevant = {}
     for row in eval_rows:
         if row["label"] > 0:
             relevant.setdefault(row["query"], set()).add(row["content"])
-    tokenize = miner.tokenizer_of("en")
+    tokenize = miner.tokenizer_of(language)
     other = BM25Okapi(list(map(tokenize, documents)), k1=1.5, b=0.75)
     rankings = {"bm25s, Lucene's variant": miner.bm25_candidates(documents, list(relevant), tokenize, 100),
                 "rank_bm25, BM25Okapi": [np.argsort(-other.get_scores(tokenize(query)), kind="stable")[:100].tolist()
                                          for query in relevant]}  # fmt: skip
-    print("| mean over 75 queries | " + " | ".join(f"recall@{k}" for k in (10, 50, 100)) + " |\n" + "| --- " * 4 + "|")
+    print(f"| mean over {len(relevant)} queries | recall@10 | recall@50 | recall@100 |\n{'| --- ' * 4}|")
     for name, found in rankings.items():
         shares = [np.mean([len(texts & {documents[number] for number in numbers[:k]}) / len(texts)
                            for texts, numbers in zip(relevant.values(), found, strict=True)])
@@ -239,9 +243,10 @@ def main():
     """Run the part that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("mine", "train", "recall", "memory"))
-    parser.add_argument("--data", help="folder of cranfield_train.jsonl and cranfield_eval.jsonl")
+    parser.add_argument("--data", help="folder of cranfield_train.jsonl and cranfield_eval.jsonl, or default")
     parser.add_argument("--base", help="folder of the model that cranfield_base.py makes")
     parser.add_argument("--folder", help="what mine writes and train reads")
+    parser.add_argument("--num_negatives", type=int, default=8, help="of a query, at most")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45, 46])
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=3e-5)
