@@ -456,15 +456,17 @@ def start_without_hub(port, folder, *arguments):
 
 
 def test_a_hub_that_never_answers_ends_within_15_seconds_in_the_three_ways_out(tmp_path):
+    seconds = []
     with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel accepts; nobody ever answers
-        start = time.perf_counter()
-        run = start_without_hub(silent.getsockname()[1], tmp_path, "--model_name_or_path=org/some-reranker")
-        seconds = time.perf_counter() - start
+        for arguments in (["--help"], ["--model_name_or_path=org/some-reranker"]):
+            start = time.perf_counter()
+            run = start_without_hub(silent.getsockname()[1], tmp_path, *arguments)
+            seconds.append(time.perf_counter() - start)
     assert run.returncode == 1 and "Traceback" not in run.stdout
     assert "Error: org/some-reranker is no folder, not in the cache, and the hub is out of reach" in run.stdout
     for way_out in ("path/to/the/folder", "HF_ENDPOINT=https://", "--model_name_or_path tiny_reranker"):
         assert way_out in run.stdout
-    assert seconds < 15 + 5, "of which some 5 are the start of Python and torch"
+    assert seconds[1] - seconds[0] < 15, "beyond the start of Python and torch"
     assert not (tmp_path / "output").exists()
 
 
