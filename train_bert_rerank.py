@@ -346,9 +346,9 @@ def parse_line(line, min_label, max_label):
     return ", ".join(["query", *(key for key in shapes[0] if key in sample)]), rows
 
 
-def read_rows(path, min_label, max_label, digest=None):
-    """Yield (query, content, label, line) of each row of a JSONL file, plain or gzip. UserError after the last line:
-    the first ten bad ones. With `digest` a bar is shown, and all bytes go into the digest."""
+def read_rows(path, min_label, max_label, digest=None, parse=parse_line):
+    """Yield (query, content, label, line) of each row of a JSONL file, plain or gzip, as `parse` has them. UserError
+    after the last line: the first ten bad ones. With `digest` a bar is shown, and all bytes go into the digest."""
     bad, bad_count, shapes = "", 0, {}
     foreign = ("\nData of another shape (CSV, TSV, parquet, other keys, a data set's folder): "
                + shlex.join(["python", "tools/convert_data.py", path, "--output", f"{Path(path).stem}_rows.jsonl"]))
@@ -369,7 +369,7 @@ def read_rows(path, min_label, max_label, digest=None):
                 if not line:
                     continue
                 try:
-                    shape, rows = parse_line(line, min_label, max_label)
+                    shape, rows = parse(line, min_label, max_label)
                     shapes[shape] = shapes.get(shape, 0) + 1
                     yield from ((*row, number) for row in rows)
                 except ValueError as error:

@@ -17,12 +17,9 @@ import gzip
 import hashlib
 import json
 import math
-import os
 import sys
 import time
-import zlib
 from contextlib import nullcontext
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -33,11 +30,11 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_bert_rerank import (  # noqa: E402
     ADVICE,
-    LONGEST_LINE,
     BertRerankerModel,
     UserError,
     parse_line,
     printable,
+    read_rows,
     say,
     seed_everything,
     whole_file,
@@ -46,8 +43,8 @@ from train_bert_rerank import (  # noqa: E402
 BLOCK = 2048
 
 
-def pairs_of(line):
-    """The (query, content) pairs of a line, whose labels may be missing; ValueError says what is wrong."""
+def parse_unlabelled(line, min_label, max_label):
+    """As parse_line(), of a line whose labels may be missing; those that are there are replaced."""
     with_labels = line
     try:
         sample = json.loads(line.decode("utf-8"))
@@ -58,33 +55,13 @@ def pairs_of(line):
         with_labels = json.dumps(sample).encode()
     except (ValueError, RecursionError, AttributeError, TypeError):
         pass  # parse_line says why
-    return [row[:2] for row in parse_line(with_labels, -math.inf, math.inf)[1]]
+    shape, rows = parse_line(with_labels, min_label, max_label)
+    return shape.removesuffix(", label"), rows
 
 
 def read_pairs(path, digest=None):
-    """Yield the (query, content) pairs of a file. UserError after the last line: the first ten bad ones. With `digest`
-    a bar is shown, and all bytes go into the digest."""
-    bad = []
-    try:
-        with open(path, "rb") as raw, tqdm(desc="Loading data", total=os.path.getsize(path), unit="B", unit_scale=True,
-                                           disable=not digest) as bar:  # fmt: skip
-            file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
-            for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), start=1):
-                if len(line) > LONGEST_LINE:
-                    raise UserError(f"{path}: line {number} is longer than {LONGEST_LINE >> 20} MB. {ADVICE}")
-                if digest:
-                    digest.update(line)
-                    bar.update(raw.tell() - bar.n)
-                line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip()
-                try:
-                    yield from pairs_of(line) if line else ()
-                except ValueError as error:
-                    bad.append(f"\n  line {number}: {error}")
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if bad:
-        more = f"\n  … and {len(bad) - 10} more" * (len(bad) > 10)
-        raise UserError(f"{path}: {len(bad)} bad line{'s' * (len(bad) > 1)}{''.join(bad[:10])}{more}\n{ADVICE}")
+    """Yield the (query, content) pairs of a file, as read_rows() does."""
+    return (row[:2] for row in read_rows(path, -math.inf, math.inf, digest, parse_unlabelled))
 
 
 def load_teacher(name, max_len):
