@@ -82,23 +82,33 @@ def uncut(folder, pairs):
                      for ids, query in zip(whole, queries, strict=True)])
 
 
-def compare(title, folder, pairs, place, rounds):
-    """Time all on `pairs`; returns a table."""
-    score, scores, failures = {}, {}, {}
+def time_all(folder, pairs, place, rounds):
+    """{name: {"scores": probabilities [N], "seconds": of each round}}, or {"error": …} where another project raises."""
+    score, found = {}, {}
     for name, load in LOADERS.items():
         try:
             score[name] = load(folder, place)
-            scores[name] = score[name](pairs)  # the pass that is not timed
-        except Exception as error:  # whatever another project raises is its line of the table
+            found[name] = {"scores": score[name](pairs), "seconds": []}  # the pass that is not timed
+        except Exception as error:
             if name == "ours":
                 raise
-            failures[name] = f"{type(error).__name__}: {str(error)[:200]}"
-    names, seconds = list(scores), {name: [] for name in scores}
+            score.pop(name, None)
+            found[name] = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+    names = list(score)
     for turn in range(rounds):
         for name in np.roll(names, -turn).tolist():
             started = time.perf_counter()
             score[name](pairs)
-            seconds[name].append(time.perf_counter() - started)
+            found[name]["seconds"].append(time.perf_counter() - started)
+    return found
+
+
+def compare(title, folder, pairs, place, rounds):
+    """Time all on `pairs`; returns a table."""
+    found = time_all(folder, pairs, place, rounds)
+    failures = {name: each["error"] for name, each in found.items() if "error" in each}
+    names = [name for name in found if name not in failures]
+    scores, seconds = ({name: found[name][key] for name in names} for key in ("scores", "seconds"))
     whole = uncut(folder, pairs)
     lines = [f"\n{title}: {len(pairs)} pairs; scores compared on {whole.sum()}, {(~whole).sum()} left out as cut.\n",
              "| | pairs/s | ours / other | largest difference of a probability | differ by over 0.001 |",

@@ -38,9 +38,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -64,14 +66,24 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 # ---- Measuring, in the worker ----------------------------------------------------------------------------------------
 class Recorder:
-    """What a contender's model is given in training mode, and when its optimizer steps."""
+    """What a contender's model is given in training mode, and when its optimizer steps. Within `with` it wraps the
+    forward of transformers' classes and has hooks on torch's optimizers."""
     def __init__(self, job):
         self.job, self.model, self.gradient = job, None, None
-        self.forwards, self.steps = [], []  # inputs of each; (time, forwards so far) of each optimizer step
+        self.forwards = []  # the inputs of each
+        self.steps = []  # how many forwards there were at the end of each optimizer step
+        self.moments = []  # of the first forward, then of the end of each optimizer step
+        self.undo = ExitStack()
+
+    def __enter__(self):
         for kind in (transformers.BertForSequenceClassification, transformers.XLMRobertaForSequenceClassification):
-            kind.forward = self.watched(kind.forward)
-        register_optimizer_step_pre_hook(self.before_step)
-        register_optimizer_step_post_hook(self.after_step)
+            self.undo.enter_context(patch.object(kind, "forward", self.watched(kind.forward)))
+        self.undo.callback(register_optimizer_step_pre_hook(self.before_step).remove)
+        self.undo.callback(register_optimizer_step_post_hook(self.after_step).remove)
+        return self
+
+    def __exit__(self, *_):
+        self.undo.close()
 
     def watched(self, forward):
         """`forward`, keeping references to its inputs where they are trained on."""
@@ -79,6 +91,8 @@ class Recorder:
         def keeping(model, *args, **inputs):
             if model.training and torch.is_grad_enabled():
                 self.model = model
+                if not self.moments:
+                    self.moments.append(now(self.job))
                 self.forwards.append({key: inputs[key] for key in ("input_ids", "attention_mask", "token_type_ids")
                                       if key in inputs})
             return forward(model, *args, **inputs)
@@ -91,15 +105,14 @@ class Recorder:
 
     def after_step(self, *_):
         """Note when the step was done; what memory a script may have tried out before the first one does not count."""
-        if CUDA:
-            torch.cuda.synchronize()
-            if not self.steps:
-                torch.cuda.reset_peak_memory_stats()
-        self.steps.append((clock(self.job), len(self.forwards)))
+        if CUDA and not self.steps:
+            torch.cuda.reset_peak_memory_stats()
+        self.moments.append(now(self.job))
+        self.steps.append(len(self.forwards))
 
     def window(self, step):
         """Inputs of the forwards of a step; of the first only the last ones: a script may try something out before."""
-        forwards = self.forwards[self.steps[step - 1][1] if step else 0 : [*self.steps, (0, None)][step][1]]
+        forwards = self.forwards[self.steps[step - 1] if step else 0 : self.steps[step] if self.steps else None]
         rows = np.cumsum([len(each["input_ids"]) for each in forwards[::-1]])
         return forwards if step else forwards[-1 - int(np.searchsorted(rows, self.job.samples)) :]
 
@@ -107,11 +120,13 @@ class Recorder:
         """The numbers of a run; `tokenize_seconds` are those spent before training, 0 where the loop tokenises."""
         job, config, windows = self.job, self.model.config, [self.window(step) for step in range(len(self.steps))]
         rows = [[ids for each in window for ids in unpadded(each)] for window in windows]
-        lengths, pairs = np.array([len(ids) for window in rows for ids in window], dtype=float), sum(map(len, rows[1:]))
-        timed, width, layers = lengths[len(rows[0]) :], config.hidden_size, config.num_hidden_layers
+        lengths = np.array([len(ids) for window in rows for ids in window], dtype=float)
+        pairs = sum(map(len, rows[job.warm_up :]))
+        timed, width, layers = lengths[len(lengths) - pairs :], config.hidden_size, config.num_hidden_layers
         weights = layers * (4 * width**2 + 2 * width * config.intermediate_size)  # in matrix products of the encoder
         flops = 6 * weights * timed.sum() + 12 * layers * width * (timed**2).sum()
-        seconds = self.steps[-1][0] - self.steps[0][0] + tokenize_seconds * pairs / len(lengths)
+        seconds = seconds_between(self.moments[job.warm_up], self.moments[-1])
+        seconds += tokenize_seconds * pairs / len(lengths)
         expected, seen = Counter(list(expected_rows(job))), Counter(ids for window in rows for ids in window)
         return {"rate": pairs and pairs / seconds, "flops": flops / max(seconds, 1e-9), "steps": len(rows),
                 "pairs": len(lengths), "gradient": self.gradient, "memory": peak_memory(),
@@ -123,6 +138,23 @@ class Recorder:
 def clock(job):
     """Seconds: of the CPU where one thread computes, for other work on the machine changes those the least."""
     return time.perf_counter() if CUDA or job.threads > 1 else time.process_time()
+
+
+def now(job):
+    """This moment: on a GPU an event in its queue, for which nothing waits, else seconds."""
+    if not CUDA:
+        return clock(job)
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start, end):
+    """Seconds from one moment of now() to another."""
+    if not CUDA:
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def unpadded(inputs):
@@ -164,7 +196,7 @@ def peak_memory():
 def matmul_peak(job):
     """The best rate of a square matrix product, in floating-point operations a second."""
     rates = []
-    for size in (2048, 3072, 4096):
+    for size in (4096, 8192) if CUDA else (2048, 3072, 4096):
         matrix = torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16 if job.bf16 else torch.float32)
         timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=job.threads)
         rates.append(2 * size**3 / min(timer.blocked_autorange(min_run_time=2).times))
@@ -172,8 +204,18 @@ def matmul_peak(job):
 
 
 # ---- Contenders, in the worker: each trains and returns the seconds in which it tokenised before ---------------------
+class Finished(Exception):
+    """Ends a run of our script whose last step is done."""
+
+
+def finish(*_):
+    """Takes the place of a function of our script that nothing after the last step is to reach."""
+    raise Finished
+
+
 def ours(job):
-    """train() of the script, less the idea that `job.without` names."""
+    """train() of the script, less the idea that `job.without` names, up to the checkpoint that follows the last step:
+    what checkpoints and saving cost is no question of training."""
     sys.path.insert(0, str(ROOT))
     import train_bert_rerank as script
 
@@ -187,27 +229,36 @@ def ours(job):
             yield each
             started = clock(job)
 
+    def random_batches(lengths, *_, **__):
+        return [np.split(np.arange(len(lengths)), range(job.batch_size, len(lengths), job.batch_size))]
+
     def seed_and_fill(seed):
         seed_everything(seed)
         torch.utils.deterministic.fill_uninitialized_memory = True
 
-    script.BertRerankerModel.encode = timed_encode
-    if job.without == "windows":
-        script.plan_window = lambda lengths, *_, **__: [
-            np.split(np.arange(len(lengths)), range(job.batch_size, len(lengths), job.batch_size))]
-    elif job.without == "fused":
-        torch.optim.AdamW = lambda *args, **options: adamw(*args, **{**options, "fused": False})
-    elif job.without == "no fill":
-        script.seed_everything = seed_and_fill
-    elif job.without == "first token":
-        assert script.first_token_only  # raises where the script has no such function
-        script.first_token_only = lambda model: None
-    script.train({
-        "model_name_or_path": job.model, "train_dataset": job.rows, "eval_dataset": None, "log_with": None,
-        "output_dir": f"{job.folder}/out", "max_len": MAX_LEN, "epochs": 1, "lr": LR, "seed": SEED,
-        "batch_size": job.batch_size, "gradient_accumulation_steps": job.accumulation, "weight_decay": WEIGHT_DECAY,
-        "warmup_proportion": WARMUP, "max_grad_norm": job.max_grad_norm,
-        "mixed_precision": "bf16" if job.bf16 else "no", **job.more})  # fmt: skip
+    ideas = {
+        "windows": (script, "plan_window", random_batches),
+        "fused": (torch.optim, "AdamW", lambda *args, **options: adamw(*args, **{**options, "fused": False})),
+        "no fill": (script, "seed_everything", seed_and_fill),
+        "first token": (script, "first_token_only", lambda model: None),
+    }
+    changes = [
+        (script.BertRerankerModel, "encode", timed_encode),
+        (script, "save_checkpoint", finish),
+        (script, "require_space", lambda *_: None),  # nothing is written
+    ]
+    if job.without:
+        changes.append(ideas[job.without])
+    with ExitStack() as stack:
+        for owner, name, change in changes:
+            stack.enter_context(patch.object(owner, name, change))  # raises where the script has no such thing
+        stack.enter_context(suppress(Finished))
+        script.train({
+            "model_name_or_path": job.model, "train_dataset": job.rows, "eval_dataset": None, "log_with": None,
+            "output_dir": f"{job.folder}/out", "max_len": MAX_LEN, "epochs": 1, "lr": LR, "seed": SEED,
+            "batch_size": job.batch_size, "gradient_accumulation_steps": job.accumulation,
+            "weight_decay": WEIGHT_DECAY, "warmup_proportion": WARMUP, "max_grad_norm": job.max_grad_norm,
+            "mixed_precision": "bf16" if job.bf16 else "no", **job.more})  # fmt: skip
     return sum(seconds)
 
 
@@ -279,6 +330,15 @@ def flag_embedding(job):
     return 0.0
 
 
+def sampling_arguments(sampling):
+    """How transformers' Trainer is told to sample, in this version of it; ValueError where it cannot."""
+    if "train_sampling_strategy" in transformers.TrainingArguments.__dataclass_fields__:
+        return {"train_sampling_strategy": sampling}
+    if sampling == "batch_rebalance":
+        raise ValueError(f"transformers {version('transformers')} has no batch_rebalance")
+    return {"group_by_length": sampling == "group_by_length"}
+
+
 def trainer(job):
     """transformers' Trainer on rows tokenised before, with DataCollatorWithPadding."""
     tokenizer, rows = AutoTokenizer.from_pretrained(job.model), read(job.rows)
@@ -289,7 +349,7 @@ def trainer(job):
     data = [{**{key: encoded[key][number] for key in encoded}, "labels": [row["label"]]}
             for number, row in enumerate(rows)]
     arguments = transformers.TrainingArguments(**trainer_arguments(job, job.batch_size),
-                                               train_sampling_strategy=job.sampling)
+                                               **sampling_arguments(job.sampling))
     collator = transformers.DataCollatorWithPadding(tokenizer)
     transformers.Trainer(model, arguments, collator, data, processing_class=tokenizer).train()
     return seconds
@@ -315,14 +375,20 @@ ABLATION = {  # idea: what changes in the job of "auto"
 }
 
 
+def measure(job):
+    """Train as the job says; the numbers of the run."""
+    with Recorder(job) as recorder:
+        tokenize_seconds = CONTENDERS[job.contender][1](job)
+    return recorder.report(tokenize_seconds)
+
+
 def work(job):
     """Do a job in this process and print its numbers as the last line."""
     torch.set_num_threads(job.threads)
     torch.use_deterministic_algorithms(job.deterministic)
     torch.backends.cudnn.deterministic = job.deterministic
     try:
-        found = (Recorder(job).report(CONTENDERS[job.contender][1](job)) if job.contender != "peak"
-                 else {"rate": matmul_peak(job)})
+        found = {"rate": matmul_peak(job)} if job.contender == "peak" else measure(job)
     except Exception as error:  # a peer that does not run is a result as well
         found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     print("\n" + json.dumps(found), flush=True)
@@ -333,7 +399,7 @@ def run(contender, job, **changes):
     """The numbers of a job, from a process of its own."""
     special = CONTENDERS[contender][2] if contender in CONTENDERS else {}
     job = {"contender": contender, "sampling": None, "without": None, "more": {}, "gradient": False,
-           "max_grad_norm": 1.0, "deterministic": False, **job, **special, **changes}  # fmt: skip
+           "max_grad_norm": 1.0, "deterministic": False, "warm_up": 1, **job, **special, **changes}  # fmt: skip
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(job["threads"]))
     workspace = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if job["deterministic"] else {}
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": "0", **os.environ, **threads, **workspace,
@@ -370,6 +436,19 @@ def rates(found, base=None):
     return f"{np.median(values):.2f}" + f" ({min(values):.2f}–{max(values):.2f})" * (len(values) > 1)
 
 
+def rows_taken(name, numbers, steps, samples):
+    """Whether a contender took the steps and rows that it should, in words."""
+    said = []
+    for key, count in ("steps", steps), ("pairs", steps * samples):
+        if numbers[key] != count:
+            said.append(f"{numbers[key]} {key}, not {count}")
+    if name != "flag":
+        said += [f"{numbers[key]} {key}" for key in ("repeated", "missed") if numbers[key]]
+    if said:
+        return ", ".join(said)
+    return "as many, in other pairs" if name == "flag" else "each once"
+
+
 def compare(names, job, rounds, peak):
     """The table of the contenders, as Markdown."""
     results = take_turns(names, rounds, lambda name: run(name, job))
@@ -378,22 +457,19 @@ def compare(names, job, rounds, peak):
     one_step = {"rows": job["first_rows"], "steps": 1, "bf16": False, "model": job["still_model"], "gradient": True,
                 "max_grad_norm": 0.0}
     for name, found in results.items():
-        title, last, said = CONTENDERS[name][0], found[-1], []
+        title, last = CONTENDERS[name][0], found[-1]
         if "error" in last:
             why = f"does not run with transformers {version('transformers')}: {last['error']}"
             lines.append(f"| {title} | {why} " + "|" * 9)
             continue
         gradient = {"error": "another loss"} if name == "flag" else run(name, job, **one_step)
         rate = {"error": "it is"} if name in ("ours", "auto") else run(name, job, deterministic=True)
-        for key, count in ("steps", job["steps"]), ("pairs", job["steps"] * job["samples"]):
-            said += [f"{last[key]} {key}, not {count}"] * (last[key] != count)
-        said += [f"{last[key]} {key}" for key in ("repeated", "missed") if last[key] and name != "flag"]
         lines.append("| " + " | ".join([
             title, rates(found), rates(found, results["ours"]), rates([rate]), f"{last['padding']:.3f}",
             f"{last['micro_batches']:.1f}", f"{np.median([each['flops'] for each in found]) / peak:.0%}",
             f"{last['memory'] / 2**30:.2f} GiB",
             gradient.get("error") or "{:.3f}, {:.4f}".format(*gradient["gradient"]),
-            ", ".join(said) or ("as many, in other pairs" if name == "flag" else "each once")]) + " |")
+            rows_taken(name, last, job["steps"], job["samples"])]) + " |")
     return "\n".join(lines)
 
 

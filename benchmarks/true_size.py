@@ -25,14 +25,18 @@ OPTIONS = {"none": [], "freeze_embeddings": ["freeze_embeddings"], "gradient_che
            "both": ["freeze_embeddings", "gradient_checkpointing"]}  # fmt: skip
 
 
+def shape(layers=24, width=1024):
+    """The configuration of bge-reranker-large, or of a model like it with fewer layers or less width."""
+    return XLMRobertaConfig(
+        vocab_size=250_002, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
+        intermediate_size=4 * width, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, num_labels=1,
+    )  # fmt: skip
+
+
 def make(folder):
     """Save the random model and four rows of 512 tokens and more."""
     torch.manual_seed(0)
-    config = XLMRobertaConfig(
-        vocab_size=250_002, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-        max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, num_labels=1,
-    )  # fmt: skip
-    XLMRobertaForSequenceClassification(config).save_pretrained(f"{folder}/model")
+    XLMRobertaForSequenceClassification(shape()).save_pretrained(f"{folder}/model")
     AutoTokenizer.from_pretrained(ROOT / "tiny_reranker").save_pretrained(f"{folder}/model")
     rows = [json.loads(line) for line in (ROOT / "default_train_data.jsonl").read_text("utf-8").splitlines()]
     with open(f"{folder}/rows.jsonl", "w", encoding="utf-8") as file:
