@@ -1,0 +1,529 @@
+"""How the script does on a GPU, beside its peers: one command, a bounded time, a result at a time.
+
+    python benchmarks/gpu.py --data CRANFIELD [--packages WHEELS]                # on the card
+    python benchmarks/gpu.py --data CRANFIELD --device cpu --layers 2 --rows 64  # a rehearsal
+
+bge-reranker-large's shape (24 layers, 1,024 wide, a vocabulary of 250,002) with random weights, in
+bf16, on rows of Cranfield, or without --data on the default ones. The parts, of which --parts
+chooses:
+
+training    pairs/s of ours as it comes and with micro_batch_tokens "auto", of sentence-transformers,
+            FlagEmbedding, transformers' Trainer and a plain loop. 16 and 64 samples a step, the
+            peers in batches as our defaults have them and in batches as large as a step; then ours
+            on rows of 512 tokens
+profile     where the time of a step of 16 samples goes, with the default bound and with "auto"
+overhead    what a run spends besides training
+prediction  predict() beside CrossEncoder and FlagReranker in fp32, bf16 and fp16, scores compared
+bits        whether two runs on tiny_reranker leave the same bits, in bf16
+
+A run of the first part takes eight steps, two of them to warm up, or as many as --rows give; it is
+measured from outside, as train_throughput.py says. Processes import at the same time and work one
+after the other. What is missing, a peer or an option of it, is left out, and what takes longer than
+--minutes is cut off; the report says what.
+
+--output gets report.md, written anew after each result, results.jsonl, a line for each, log.txt, all
+that the processes print, and a trace of each profiled step, for chrome://tracing or Perfetto.
+--packages is a folder of wheels, for a machine without a network: they are installed for this
+command alone. Some 25 GB of temporary files are made where TMPDIR says.
+
+A rehearsal computes in fp32, unless --precision says otherwise, with a model 256 wide: it shows that
+everything runs, and its figures say nothing about a GPU.
+"""
+
+import argparse
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from datetime import date
+from pathlib import Path
+
+WORKER = Path(__file__).with_name("gpu_worker.py")
+MARK = "gpu.py: "  # what gpu_worker.py puts before the lines that are for this process
+PARTS = ("training", "profile", "overhead", "prediction", "bits")
+SHAPES = {16: ((2, 8), (16, 1)), 64: ((8, 8), (64, 1))}  # samples of a step: batch, accumulation
+STEPS, WARM_UP = 8, 2
+HANGS_AFTER = 150  # seconds of a job
+PEERS = {  # process: its contenders, of train_throughput.py
+    "sentence-transformers": ("st",),
+    "FlagEmbedding": ("flag",),
+    "Trainer": ("rebalance", "grouped", "random"),
+    "plain loop": ("plain",),
+}
+TITLES = {
+    "ours": "train_bert_rerank.py",
+    "auto": 'the same, `micro_batch_tokens="auto"`',
+    "st": "sentence-transformers",
+    "flag": "FlagEmbedding (softmax over groups of 2)",
+    "rebalance": "Trainer, batch_rebalance",
+    "grouped": "Trainer, group_by_length",
+    "random": "Trainer, random",
+    "plain": "plain loop",
+}
+
+
+# ---- What is to be done ----------------------------------------------------------------------------
+class Planner:
+    """Makes the jobs of the processes: dicts as gpu_worker.py takes them."""
+
+    def __init__(self, options, folder):
+        self.options = options
+        self.folder = folder
+        self.files = {}  # of rows, written by the first job
+        for key in ("all", "one step", "16", "64", "long"):
+            self.files[key] = f"{folder}/{key}.jsonl"
+        self.steps = {}  # of a run, by the samples of a step
+        for samples in SHAPES:
+            self.steps[samples] = min(STEPS, options.rows // samples)
+
+    def plan(self):
+        """{process: its jobs} in the order in which they are done, the most telling first."""
+        jobs = {"preparation": self.preparation()}
+        if "training" in self.options.parts:
+            jobs["ours"] = self.training_of_ours()
+        if "profile" in self.options.parts:
+            jobs["profile"] = self.profile()
+        if "training" in self.options.parts:
+            for process, contenders in PEERS.items():
+                jobs[process] = self.training_of_peers(contenders)
+        if "overhead" in self.options.parts:
+            jobs["overhead"] = self.overhead()
+        if "prediction" in self.options.parts:
+            jobs["prediction"] = self.prediction()
+        if "bits" in self.options.parts:
+            jobs["bits"] = [self.job("bits", "bits")]
+        return jobs
+
+    def job(self, part, kind, **more):
+        """A job of the part that the function `kind` of gpu_worker.py does."""
+        bf16 = self.options.precision == "bf16"
+        return {"part": part, "kind": kind, "folder": self.folder, "model": f"{self.folder}/model",
+                "bf16": bf16, **more}  # fmt: skip
+
+    def preparation(self):
+        options = self.options
+        data = options.data and os.path.abspath(options.data)
+        prepare = self.job("preparation", "prepare", data=data, row_count=options.rows,
+                           rows=self.files, steps=self.steps, layers=options.layers,
+                           width=options.width)  # fmt: skip
+        return [prepare, self.job("preparation", "rate")]
+
+    def training(self, contender, samples, shape, rows):
+        batch_size, accumulation = shape
+        steps = self.steps[samples]
+        return self.job("training", "train", contender=contender, samples=samples, steps=steps,
+                        warm_up=min(WARM_UP, steps - 1), batch_size=batch_size,
+                        accumulation=accumulation, rows=self.files[rows],
+                        is_long=rows == "long")  # fmt: skip
+
+    def training_of_ours(self):
+        jobs = []
+        for samples, rows in ((16, "16"), (64, "64"), (64, "long")):
+            as_default, _ = SHAPES[samples]
+            for contender in ("ours", "auto"):
+                jobs.append(self.training(contender, samples, as_default, rows))
+        return jobs
+
+    def training_of_peers(self, contenders):
+        jobs = []
+        for contender in contenders:
+            for samples, shapes in SHAPES.items():
+                for shape in shapes:
+                    jobs.append(self.training(contender, samples, shape, str(samples)))
+        return jobs
+
+    def profile(self):
+        jobs = []
+        for name, bound in (("default", None), ("auto", "auto")):
+            trace = os.path.abspath(f"{self.options.output}/{name}.trace.json.gz")
+            jobs.append(self.job("profile", "profile", name=name, micro_batch_tokens=bound,
+                                 batch_size=2, accumulation=8, rows=self.files["one step"],
+                                 embeddings=(250_002, self.options.width), trace=trace))  # fmt: skip
+        return jobs
+
+    def overhead(self):
+        return [self.job("overhead", "overhead", micro_batch_tokens="auto", batch_size=2,
+                         accumulation=8, rows=self.files["16"],
+                         eval_rows=self.files["all"])]  # fmt: skip
+
+    def prediction(self):
+        rows, rounds = self.files["all"], 5
+        if self.options.device == "cpu":  # some processors have no half precision of their own
+            rows, rounds = self.files["one step"], 1
+        jobs = []
+        for precision in ("fp32", "bf16", "fp16"):
+            jobs.append(self.job("prediction", "predict", precision=precision, rows=rows,
+                                 rounds=rounds))  # fmt: skip
+        return jobs
+
+
+# ---- Processes -------------------------------------------------------------------------------------
+def install(wheels, folder):
+    """Install the wheels of one folder into another; returns why it failed, or None."""
+    paths = sorted(map(str, Path(wheels).glob("*.whl")))
+    if not paths:
+        return f"{wheels} has no *.whl"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps",
+               "--no-compile", "--target", folder, *paths]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return done.stderr.strip().splitlines()[-1]
+    return None
+
+
+def environment(options, packages):
+    """The variables of the processes: no network, one card or none, `packages` before others."""
+    variables = dict(os.environ)
+    variables.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if options.device == "cpu":
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    variables["PYTHONPATH"] = os.pathsep.join([packages, variables.get("PYTHONPATH", "")])
+    variables["HF_HUB_OFFLINE"] = "1"
+    variables["TOKENIZERS_PARALLELISM"] = "true"
+    return variables
+
+
+class Process:
+    """gpu_worker.py with its jobs: it imports at once, and works when it is told to."""
+
+    def __init__(self, name, jobs, folder, variables, log):
+        self.name = name
+        self.jobs = jobs
+        self.failure = None  # why no more answers will come
+        specification = Path(folder, f"{name}.json")
+        specification.write_text(json.dumps({"name": name, "jobs": jobs}), "utf-8")
+        command = [sys.executable, str(WORKER), str(specification)]
+        self.process = subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, text=True,
+                                        stdout=subprocess.PIPE, stderr=log)  # fmt: skip
+        self.answers = queue.Queue()  # None: it has ended
+        threading.Thread(target=self.listen, args=(log,), daemon=True).start()
+
+    def listen(self, log):
+        """Sort what the process prints: its answers, and what libraries have to say."""
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                self.answers.put(json.loads(line.removeprefix(MARK)))
+            else:
+                log.write(line)
+        self.answers.put(None)
+
+    def answer(self, deadline):
+        """The next answer; {"error": …} where none comes."""
+        if self.failure:
+            return {"error": f"not begun after another was {self.failure}"}
+        left = deadline - time.monotonic()
+        try:
+            answer = self.answers.get(timeout=max(0.0, min(left, HANGS_AFTER)))
+        except queue.Empty:
+            self.end()
+            self.failure = f"cut off: it took over {HANGS_AFTER} seconds"
+            if left < HANGS_AFTER:
+                self.failure = "cut off: no time was left"
+            return {"error": self.failure}
+        if answer is None:
+            self.failure = f"cut off: its process ended with exit status {self.process.wait()}"
+            return {"error": f"{self.failure}; log.txt tells more"}
+        return answer
+
+    def work(self, deadline):
+        """Let it work; yields each job with its answer."""
+        answer = self.answer(deadline)
+        if answer == "ready":
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+            answer = None
+        for job in self.jobs:
+            yield job, answer or self.answer(deadline)
+        self.end()
+
+    def end(self):
+        """End the process, whatever it does."""
+        self.process.kill()
+        self.process.wait()
+
+
+# ---- The report ------------------------------------------------------------------------------------
+class Report:
+    """What was found so far: a line for each result, and all of it as Markdown."""
+
+    def __init__(self, options, started):
+        self.options = options
+        self.started = started
+        self.results = []  # (name of the process, job, answer)
+        self.left_out = {}  # why: titles of what
+        self.path = Path(options.output, "report.md")
+        self.lines = Path(options.output, "results.jsonl")
+        self.lines.write_text("", "utf-8")
+
+    def add(self, process, job, answer):
+        """Keep a result: in the files, and for the reader who waits."""
+        self.results.append((process, job, answer))
+        with open(self.lines, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"process": process, "job": job, "answer": answer}) + "\n")
+        title = title_of(process, job)
+        if "error" in answer:
+            self.left_out.setdefault(answer["error"], []).append(title)
+        seconds = time.monotonic() - self.started
+        print(f"{seconds:5.0f} s  {title}: {brief(answer)}", flush=True)
+        self.path.write_text(self.text(), "utf-8")
+
+    def answers(self, kind, **wanted):
+        """[(job, answer)] of the jobs of a kind that have these values and did not fail."""
+        found = []
+        for _, job, answer in self.results:
+            is_wanted = job["kind"] == kind and wanted.items() <= job.items()
+            if is_wanted and "error" not in answer:
+                found.append((job, answer))
+        return found
+
+    def text(self):
+        """The report as Markdown."""
+        lines = self.head()
+        lines += self.training_table()
+        lines += self.section_table()
+        lines += self.kernel_tables()
+        lines += self.overhead_table()
+        lines += self.prediction_table()
+        lines += self.bits_line()
+        if self.left_out:
+            lines += ["", "Left out:", ""]
+        for reason, titles in self.left_out.items():
+            lines.append(f"- {'; '.join(titles)}: {reason}")
+        return "\n".join(lines) + "\n"
+
+    def head(self):
+        """Date, machine, versions, model and rows."""
+        lines = []
+        if self.options.device == "cpu":
+            lines += ["**A rehearsal on a CPU: the figures say nothing about a GPU.**", ""]
+        for _, facts in self.answers("prepare"):
+            versions = []
+            for package, version in facts["versions"].items():
+                versions.append(f"{package} {version or 'missing'}")
+            source = "Cranfield" if self.options.data else "default"
+            lines += [
+                f"{date.today()}, {facts['device']}, {facts['processor']}, Python {facts['python']}; "
+                + ", ".join(versions) + ".",
+                f"{self.options.layers} layers, {self.options.width} wide, "
+                f"{facts['parameters'] / 1e6:.0f} M parameters, {self.options.precision}; "
+                f"{self.options.rows} {source} rows of {facts['tokens']:.0f} tokens on average.",
+            ]  # fmt: skip
+        for _, answer in self.answers("rate"):
+            lines.append(f"Matrix products reach {answer['rate'] / 1e12:.2f} TFLOP/s.")
+        return lines
+
+    def training_table(self):
+        """Contenders side by side, those with the same samples a step one after the other."""
+        lines = []
+        for samples, is_long in ((16, False), (64, False), (64, True)):
+            runs = self.answers("train", samples=samples, is_long=is_long)
+            rates = {}  # of ours
+            for job, answer in runs:
+                if job["contender"] in ("ours", "auto"):
+                    rates[job["contender"]] = answer["rate"]
+            for job, answer in runs:
+                lines.append(self.training_row(job, answer, rates))
+        if lines:
+            lines = ["", "### Training", "",
+                     "| samples a step | contender | batch × accumulation | pairs/s | ours / it | "
+                     "auto / it | padding efficiency | micro-batches a step | "
+                     "share of matrix products | peak memory | rows |",
+                     "| --- " * 11 + "|", *lines]  # fmt: skip
+        return lines
+
+    def training_row(self, job, answer, rates):
+        """A contender's row; `rates` has those of ours for the same rows."""
+        samples = f"{job['samples']}, of 512 tokens" if job["is_long"] else str(job["samples"])
+        shape = f"{job['batch_size']} × {job['accumulation']}"
+        ratios = []
+        for name in ("ours", "auto"):
+            ratios.append(f"{rates[name] / answer['rate']:.2f}" if name in rates else "–")
+        share = "–"
+        for _, peak in self.answers("rate"):
+            share = f"{answer['flops'] / peak['rate']:.1%}"
+        memory = f"{answer['memory'] / 2**30:.1f} GiB" if answer["memory"] else "–"
+        cells = [samples, TITLES[job["contender"]], shape, f"{answer['rate']:.1f}", *ratios,
+                 f"{answer['padding']:.3f}", f"{answer['micro_batches']:.1f}", share, memory,
+                 answer["taken"]]  # fmt: skip
+        return f"| {' | '.join(cells)} |"
+
+    def section_table(self):
+        """Where the time of a step goes, the bounds side by side."""
+        profiles = self.answers("profile")
+        if not profiles:
+            return []
+        lines = ["", "### Where a step of 16 samples goes", "",
+                 "Milliseconds. Processor: in the code of this section alone; the profiler slows it "
+                 "down. Card: what the section started there.", "",
+                 "| |" + "".join(f" {job['name']}: processor | card |" for job, _ in profiles),
+                 "| --- " * (1 + 2 * len(profiles)) + "|"]  # fmt: skip
+        for name in profiles[0][1]["sections"]:
+            cells = []
+            for _, answer in profiles:
+                cells += [f"{value:.2f}" for value in answer["sections"].get(name, (0.0, 0.0))]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        embeddings, whole = [], []
+        for _, answer in profiles:
+            embeddings += ["", f"{answer['embedding']:.2f}"]
+            whole += [f"{answer['step']:.2f}", f"{answer['busy']:.2f}"]
+        lines.append(f"| of backward: the embeddings' gradient | {' | '.join(embeddings)} |")
+        lines.append(f"| the whole step | {' | '.join(whole)} |")
+        lines.append("")
+        for job, answer in profiles:
+            seconds = answer["seconds"]
+            waits = max(0.0, 1 - answer["busy"] / 1000 / seconds)
+            lines.append(
+                f"- {job['name']}: {answer['micro_batches']} micro-batches, {seconds * 1000:.1f} ms "
+                f"without the profiler, in {waits:.0%} of which the card waits; "
+                f"{answer['count']} kernels."
+            )
+        return lines
+
+    def kernel_tables(self):
+        """The kernels that take longest."""
+        lines = []
+        for job, answer in self.answers("profile"):
+            lines += ["", f"The kernels that take longest, {job['name']}:", "",
+                      "| kernel | ms | times | share of the card's time |",
+                      "| --- | --- | --- | --- |"]  # fmt: skip
+            for name, duration, count in answer["kernels"]:
+                share = duration / answer["busy"]
+                lines.append(f"| `{shortened(name)}` | {duration:.2f} | {count} | {share:.1%} |")
+        return lines
+
+    def overhead_table(self):
+        """What a run spends besides training."""
+        lines = []
+        for _, answer in self.answers("overhead"):
+            lines += ["", f"### A run of {answer['steps']} steps, {answer['seconds']:.1f} s in all",
+                      "", "| | times | seconds |", "| --- | --- | --- |"]  # fmt: skip
+            for name, (count, seconds) in answer["spent"].items():
+                lines.append(f"| {name} | {count} | {seconds:.2f} |")
+        return lines
+
+    def prediction_table(self):
+        """Prediction by precision."""
+        lines = []
+        for job, answer in self.answers("predict"):
+            if not lines:
+                lines = ["", "### Prediction", "",
+                         "Scores: the largest difference of a logit from ours in fp32, in standard "
+                         "deviations of ours, over the pairs that nobody cuts.", "",
+                         "| precision | | pairs/s | ours / it | scores apart by | pairs compared |",
+                         "| --- " * 6 + "|"]  # fmt: skip
+            for name, numbers in answer["contenders"].items():
+                if "error" in numbers:
+                    cells = [f"left out: {numbers['error']}", "", "", ""]
+                else:
+                    ratio = answer["contenders"]["ours"]["rate"] / numbers["rate"]
+                    cells = [f"{numbers['rate']:.1f}", f"{ratio:.2f}", f"{numbers['apart']:.1e}",
+                             str(answer["compared"])]  # fmt: skip
+                lines.append(f"| {job['precision']} | {name} | {' | '.join(cells)} |")
+        return lines
+
+    def bits_line(self):
+        """Whether two runs left the same bits."""
+        lines = []
+        for _, answer in self.answers("bits"):
+            outcome = "the same bits"
+            if answer["differing"]:
+                outcome = f"OTHER BITS in {', '.join(answer['differing'])}"
+            lines += ["", "### The same bits", "",
+                      f"Two runs of ten steps on tiny_reranker, precision {answer['precision']}: "
+                      f"{outcome} ({answer['compared']} files and series of scalars compared)."]  # fmt: skip
+        return lines
+
+
+def title_of(process, job):
+    """What a job is about, in a few words."""
+    if job["kind"] == "train":
+        title = f"{TITLES[job['contender']]}, {job['batch_size']} × {job['accumulation']}"
+        return title + ", rows of 512 tokens" if job["is_long"] else title
+    detail = job.get("name") or job.get("precision")
+    if detail:
+        return f"{process}, {detail}"
+    return job["kind"]
+
+
+def brief(answer):
+    """An answer in a few words."""
+    if "error" in answer:
+        return f"left out: {answer['error']}"
+    if "taken" in answer:
+        return f"{answer['rate']:.1f} pairs/s"
+    return "done"
+
+
+def shortened(name):
+    """A kernel's name without what all have in common, for a cell of a table."""
+    for part in ("void ", "at::native::", "(anonymous namespace)::", "at::"):
+        name = name.replace(part, "")
+    return name.replace("|", "/")[:90]
+
+
+# ---- The command -----------------------------------------------------------------------------------
+def read_options():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--data", help="folder of cranfield_train.jsonl; else the default rows")
+    parser.add_argument("--packages", help="folder of wheels to install for this command")
+    parser.add_argument("--output", default="output_gpu", help="folder for the results")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="cuda: bf16, cpu: fp32")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--width", type=int, help="a multiple of 64; cuda: 1024, cpu: 256")
+    parser.add_argument("--rows", type=int, default=512, help="a multiple of 64; eight steps: 512")
+    options = parser.parse_args()
+    if options.rows < 64 or options.rows % 64:
+        parser.error("--rows should be a multiple of 64")
+    if options.data and not Path(options.data, "cranfield_train.jsonl").is_file():
+        parser.error(f"--data {options.data} has no cranfield_train.jsonl")
+    if options.packages and not Path(options.packages).is_dir():
+        parser.error(f"--packages {options.packages} is no folder")
+    is_cpu = options.device == "cpu"
+    options.precision = options.precision or ("fp32" if is_cpu else "bf16")
+    options.width = options.width or (256 if is_cpu else 1024)
+    return options
+
+
+def main():
+    """Start the processes, let one after the other work, keep what they answer."""
+    started = time.monotonic()
+    options = read_options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `finally` ends the processes
+    deadline = started + 60 * options.minutes - 5  # to remove what was written, and to print
+    Path(options.output).mkdir(parents=True, exist_ok=True)
+    report = Report(options, started)
+    processes = []
+    with tempfile.TemporaryDirectory() as folder, open(
+            Path(options.output, "log.txt"), "w", encoding="utf-8", buffering=1) as log:
+        try:
+            packages = f"{folder}/packages"
+            failure = options.packages and install(options.packages, packages)
+            if failure:
+                report.left_out[failure] = [f"the packages of {options.packages}"]
+            variables = environment(options, packages)
+            for name, jobs in Planner(options, folder).plan().items():
+                processes.append(Process(name, jobs, folder, variables, log))
+            for process in processes:
+                for job, answer in process.work(deadline):
+                    report.add(process.name, job, answer)
+                    if job["kind"] == "prepare" and "error" in answer:
+                        sys.exit(f"Error: there is no model to measure: {answer['error']}\n"
+                                 f"What the processes printed: {options.output}/log.txt")  # fmt: skip
+        finally:
+            for process in processes:
+                process.end()
+    print(f"\n{report.text()}\nReport, results, log and traces: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

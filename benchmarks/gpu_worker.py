@@ -1,0 +1,407 @@
+"""What the processes of gpu.py do: each imports what its jobs need, waits for a line, does the jobs.
+
+    python benchmarks/gpu_worker.py JOBS.json      # gpu.py calls it so
+
+A job is a dict with "kind", the name of a function in JOBS below. What the function returns, or the
+error that ended it, is printed as a line of JSON behind MARK; all else that is printed belongs to
+the libraries.
+"""
+
+import gc
+import importlib
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from functools import wraps
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import transformers
+from default_run import ROOT, read, write_rows
+from predict_throughput import PRECISIONS, time_all, uncut
+from step_profile import PREFIX, read_events, summarize
+from train_throughput import (
+    CONTENDERS,
+    CUDA,
+    MAX_LEN,
+    Finished,
+    choose_rows,
+    matmul_peak,
+    measure,
+    rows_taken,
+    tokenize,
+)
+from true_size import shape
+
+sys.path.insert(0, str(ROOT))
+import train_bert_rerank as script  # noqa: E402
+
+MARK = "gpu.py: "  # what a line for the parent begins with
+PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "sentence-transformers",
+            "FlagEmbedding", "datasets")  # fmt: skip
+IMPORTS = {  # before the work begins, so that processes import at the same time
+    "sentence-transformers": ["sentence_transformers", "datasets"],
+    "FlagEmbedding": ["FlagEmbedding.finetune.reranker.encoder_only.base"],
+    "prediction": ["sentence_transformers", "FlagEmbedding"],
+}
+VOCABULARY = 3500  # gives Cranfield's rows as many tokens as MiniLM's tokenizer does: 229 on average
+
+
+# ---- What the parts share --------------------------------------------------------------------------
+def prepare(job):
+    """Make the model, with random weights, and the rows; returns what the report's head tells."""
+    rows = choose_rows(job.data, job.row_count)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "tiny_reranker")
+    if job.data:
+        tokenizer = english_tokenizer(tokenizer, choose_rows(job.data))
+    torch.manual_seed(0)
+    config = shape(job.layers, job.width)
+    # Wide enough for attention to tell tokens apart: otherwise all pairs score alike.
+    config.initializer_range = 1.6 / math.sqrt(job.width)
+    with torch.device("cuda" if CUDA else "cpu"):
+        model = transformers.XLMRobertaForSequenceClassification(config)
+    model.save_pretrained(job.model)
+    tokenizer.save_pretrained(job.model)
+
+    lengths = [len(ids) for ids in tokenize(tokenizer, rows)["input_ids"]]
+    long_rows = []
+    for row, length in zip(rows, lengths, strict=True):
+        copies = math.ceil(1.2 * MAX_LEN / length)  # a little over MAX_LEN, to which all are cut
+        long_rows.append({**row, "content": " ".join([row["content"]] * copies)})
+    write_rows(job.rows["all"], rows)
+    write_rows(job.rows["one step"], rows[:16])
+    for samples, steps in job.steps.items():
+        write_rows(job.rows[samples], rows[: int(samples) * steps])
+    write_rows(job.rows["long"], long_rows[: 64 * job.steps["64"]])
+
+    return {
+        "device": card_name() if CUDA else "CPU",
+        "processor": f"{os.cpu_count()} cores of {processor_name()}",
+        "python": platform.python_version(),
+        "versions": {name: version_of(name) for name in PACKAGES},
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "tokens": float(np.mean(lengths)),
+    }
+
+
+def english_tokenizer(tokenizer, rows):
+    """One of the same kind with the words of these rows: tiny_reranker's knows single letters."""
+    from tokenizers import decoders, pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.backend_tokenizer.decoder = decoders.Metaspace()
+    texts = sorted({row[key] for row in rows for key in ("query", "content")})
+    return tokenizer.train_new_from_iterator(texts, VOCABULARY, show_progress=False)
+
+
+def card_name():
+    """The card, its memory, its compute capability and the CUDA that torch was built with."""
+    card = torch.cuda.get_device_properties(0)
+    return (f"{card.name}, {card.total_memory / 2**30:.0f} GiB, compute capability {card.major}.{card.minor}, "
+            f"CUDA {torch.version.cuda}")  # fmt: skip
+
+
+def processor_name():
+    """What the machine's processor calls itself, where Linux tells."""
+    with suppress(OSError):
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text("utf-8"))
+        if found:
+            return found[1]
+    return platform.machine()
+
+
+def version_of(package):
+    """The version of a package; None where it is missing."""
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return None
+
+
+def wait_for_card():
+    """Until the card has done what it was given, so that a clock tells when that was."""
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def settings_of(job):
+    """The arguments of a run of ours in this job; the rest is as main() has it."""
+    return {
+        "model_name_or_path": job.model,
+        "train_dataset": job.rows,
+        "eval_dataset": None,
+        "output_dir": f"{job.folder}/out",
+        "batch_size": job.batch_size,
+        "gradient_accumulation_steps": job.accumulation,
+        "micro_batch_tokens": job.micro_batch_tokens,
+        "mixed_precision": "bf16" if job.bf16 else "no",
+        "log_with": None,
+    }
+
+
+# ---- Training --------------------------------------------------------------------------------------
+def rate(job):
+    """The rate of matrix products in the precision of the run, in operations a second."""
+    return {"rate": matmul_peak(SimpleNamespace(threads=os.cpu_count(), bf16=job.bf16))}
+
+
+def train(job):
+    """A contender's run, measured from outside as in train_throughput.py."""
+    defaults = {"sampling": None, "more": {}, "without": None, "gradient": False,
+                "max_grad_norm": 1.0, "threads": os.cpu_count(), "deterministic": False}  # fmt: skip
+    _, _, special = CONTENDERS[job.contender]
+    numbers = measure(SimpleNamespace(**{**defaults, **special, **vars(job)}))
+    numbers["taken"] = rows_taken(job.contender, numbers, job.steps, job.samples)
+    if not CUDA:
+        numbers["memory"] = None  # it would be the highest of all jobs of this process
+    return numbers
+
+
+# ---- Where the time of a step goes -----------------------------------------------------------------
+def labelled(function, name):
+    """`function` as a section that a profiler sees."""
+    @wraps(function)
+    def visible(*arguments, **options):
+        with torch.profiler.record_function(PREFIX + name):
+            return function(*arguments, **options)
+
+    return visible
+
+
+@contextmanager
+def labelled_sections():
+    """Within it the parts of train_step() are sections that a profiler sees."""
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    tokens = "tokens to the card, loss"  # of our forward what is not transformers' own
+    sections = [
+        (script, "plan_window", "planning"),
+        (script.BertRerankerModel, "collate", tokens),
+        (script.BertRerankerModel, "forward", tokens),
+        (transformers.XLMRobertaForSequenceClassification, "forward", "forward"),
+        (Accelerator, "backward", "backward"),
+        (Accelerator, "clip_grad_norm_", "clipping"),
+        (AcceleratedOptimizer, "step", "AdamW"),
+        (torch.Tensor, "cpu", "reading the loss"),
+    ]
+    with ExitStack() as stack:
+        for owner, function, name in sections:
+            visible = labelled(getattr(owner, function), name)
+            stack.enter_context(patch.object(owner, function, visible))
+        yield
+
+
+class WatchedSteps:
+    """Takes the place of train_step() in a run: two steps of warm-up, three that are timed as they
+    are, one that warms the profiler up, and one whose trace is kept. Then the run is over."""
+
+    TIMED = 5
+    ALL = 7
+
+    def __init__(self, train_step, trace):
+        self.train_step = train_step
+        self.trace = trace  # the path of a file to write
+        self.seconds = []  # of the steps before the profiler came
+
+    def __call__(self, *arguments):
+        """The next step."""
+        if len(self.seconds) < self.TIMED:
+            return self.timed(arguments)
+        self.profiled(arguments)
+        self.profiled(arguments).export_chrome_trace(self.trace)
+        raise Finished
+
+    def timed(self, arguments):
+        """The step as it is."""
+        wait_for_card()
+        started = time.perf_counter()
+        is_stopped = self.train_step(*arguments)
+        wait_for_card()
+        self.seconds.append(time.perf_counter() - started)
+        return is_stopped
+
+    def profiled(self, arguments):
+        """The step under the profiler, which is returned."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if CUDA:
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        profiler = torch.profiler.profile(activities=activities, record_shapes=True)
+        with labelled_sections(), profiler:
+            labelled(self.train_step, "whole")(*arguments)
+            wait_for_card()
+        return profiler
+
+
+def profile(job):
+    """Seconds of a step, and the StepProfile of one like it; each has the same rows, all there are."""
+    steps = WatchedSteps(script.train_step, job.trace)
+    with patch.object(script, "train_step", steps), suppress(Finished):
+        script.train({**settings_of(job), "epochs": WatchedSteps.ALL, "save_steps": 10**6})
+    return {
+        "seconds": float(np.median(steps.seconds[2:])),
+        **asdict(summarize(read_events(job.trace), job.embeddings)),
+    }
+
+
+# ---- Prediction ------------------------------------------------------------------------------------
+def predict(job):
+    """Pairs a second of predict() and its peers in a precision, and how far their scores are from
+    ours in fp32, in standard deviations of those; the job in fp32 comes first."""
+    pairs = [(row["query"], row["content"]) for row in read(job.rows)]
+    place = {"device": "cuda" if CUDA else "cpu", "dtype": PRECISIONS[job.precision]}
+    found = time_all(job.model, pairs, place, job.rounds)
+
+    reference = Path(job.model, "reference.npy")
+    if job.precision == "fp32":
+        np.save(reference, logits_of(found["ours"]["scores"]))
+    exact = np.load(reference)
+    is_compared = uncut(job.model, pairs)
+
+    contenders = {}
+    for name, numbers in found.items():
+        contenders[name] = numbers
+        if "error" not in numbers:
+            apart = np.abs(logits_of(numbers["scores"]) - exact)[is_compared]
+            contenders[name] = {
+                "rate": len(pairs) / float(np.median(numbers["seconds"])),
+                "apart": float(apart.max() / exact.std()),
+            }
+    return {"contenders": contenders, "compared": int(is_compared.sum())}
+
+
+def logits_of(probabilities):
+    """The logits behind probabilities, in fp64."""
+    probabilities = np.asarray(probabilities, dtype=np.float64)
+    return np.log(probabilities / (1 - probabilities))
+
+
+# ---- The same bits ---------------------------------------------------------------------------------
+def bits(job):
+    """Whether two runs of ten steps on tiny_reranker leave the same bits."""
+    from soak_kill import bits as bits_of  # needs tensorboard's reader, and nothing else here does
+
+    rows = write_rows(f"{job.folder}/ten_steps.jsonl", read("default_train_data.jsonl")[:160])
+    eval_rows = write_rows(f"{job.folder}/lists.jsonl", read("default_eval_data.jsonl")[:200])
+    outcomes = []
+    for name in ("first", "second"):
+        output_dir = Path(job.folder, name)
+        settings = {"model_name_or_path": ROOT / "tiny_reranker", "train_dataset": rows,
+                    "eval_dataset": eval_rows, "output_dir": output_dir, "epochs": 1, "lr": 3e-4,
+                    "mixed_precision": "bf16"}  # fmt: skip
+        command = [sys.executable, str(ROOT / "train_bert_rerank.py")]
+        for key, value in settings.items():
+            command += [f"--{key}", str(value)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        outcomes.append(bits_of(output_dir))
+
+    run = json.loads((output_dir / "run.json").read_text("utf-8"))
+    first, second = outcomes
+    return {
+        "precision": run["precision"],
+        "compared": len(first),
+        "differing": sorted(name for name in first if first[name] != second.get(name)),
+    }
+
+
+# ---- What a run spends besides training ------------------------------------------------------------
+def overhead(job):
+    """{what: [calls, seconds]} of a run with the defaults, "auto" and one epoch, evaluated on its own
+    training rows: how well it ranks is not the question."""
+    from accelerate import Accelerator
+
+    parts = [
+        ("reading and checking the data", script, "load_data"),
+        ("loading the model", script, "load_base"),
+        ("checksums of weights and rows", script, "describe"),
+        ("tokenising", script.RerankDataset, "__init__"),
+        ("model to the card, optimizer", Accelerator, "prepare"),
+        ('the probe of "auto"', script, "largest_micro_batch"),
+        ("evaluations", script, "evaluate"),
+        ("shift of the head's bias", script, "fit_bias"),
+        ("copies of weights to the host", script, "host_copy"),
+        ("training steps", script, "train_step"),
+        ("checkpoints", script, "save_checkpoint"),
+        ("verdict", script, "judge"),
+        ("saving models", script.BertRerankerModel, "save_pretrained"),
+        ("report and pictures", script, "write_evaluation"),
+        ("picture of the loss", script, "draw_loss_curve"),
+        ("logging verdict and pictures", script, "log_outcome"),
+        ("moving the results into place", script, "publish"),
+    ]
+    spent = {title: [0, 0.0] for title, _, _ in parts}
+
+    def timed(function, title):
+        @wraps(function)
+        def timing(*arguments, **options):
+            wait_for_card()
+            started = time.perf_counter()
+            result = function(*arguments, **options)
+            wait_for_card()
+            spent[title][0] += 1
+            spent[title][1] += time.perf_counter() - started
+            return result
+
+        return timing
+
+    with ExitStack() as stack:
+        for title, owner, name in parts:
+            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), title)))
+        started = time.perf_counter()
+        script.train({**settings_of(job), "eval_dataset": job.eval_rows, "epochs": 1})
+    seconds = time.perf_counter() - started
+    spent["the rest"] = [1, seconds - sum(seconds for _, seconds in spent.values())]
+    return {"spent": spent, "seconds": seconds, "steps": spent["training steps"][0]}
+
+
+# ---- The process -----------------------------------------------------------------------------------
+JOBS = {job.__name__: job for job in (prepare, rate, train, profile, predict, bits, overhead)}
+
+
+def do(job):
+    """The result of a job, or {"error": …}: that a peer does not run is a result as well."""
+    try:
+        return JOBS[job.kind](job)
+    except ModuleNotFoundError as error:
+        return {"error": f"the package {error.name} is missing"}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    finally:
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+
+
+def tell(result):
+    """Print a result for the parent."""
+    print(f"\n{MARK}{json.dumps(result)}", flush=True)
+
+
+def main():
+    """Import, wait, work."""
+    [path] = sys.argv[1:]
+    specification = json.loads(Path(path).read_text("utf-8"))
+    for module in IMPORTS.get(specification["name"], []):
+        with suppress(ImportError):  # the job that needs it will tell
+            importlib.import_module(module)
+    tell("ready")
+    if not sys.stdin.readline():  # the parent has gone
+        return
+    for number, job in enumerate(specification["jobs"]):
+        job["folder"] = f"{job['folder']}/{specification['name']} {number}"
+        os.makedirs(job["folder"], exist_ok=True)
+        tell(do(SimpleNamespace(**job)))
+
+
+if __name__ == "__main__":
+    main()
