@@ -40,6 +40,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import ExitStack, suppress
 from datetime import date
 from pathlib import Path
 
@@ -52,9 +53,14 @@ HANGS_AFTER = 150  # seconds of a job
 PEERS = {  # process: its contenders, of train_throughput.py
     "sentence-transformers": ("st",),
     "FlagEmbedding": ("flag",),
-    "Trainer": ("rebalance", "grouped", "random"),
+    "Trainer": ("rebalance",),
     "plain loop": ("plain",),
 }
+LAST_PEERS = {"Trainer, other samplings": ("grouped", "random")}  # where time is left
+# PyTorch may choose cuDNN's attention on recent cards, which takes long over each shape of a batch
+# that it has not met. A long run pays that back, eight steps do not: it is off but in one process.
+NO_CUDNN = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
+WITH_CUDNN = "plain loop, cuDNN attention"
 TITLES = {
     "ours": "train_bert_rerank.py",
     "auto": 'the same, `micro_batch_tokens="auto"`',
@@ -91,12 +97,16 @@ class Planner:
         if "training" in self.options.parts:
             for process, contenders in PEERS.items():
                 jobs[process] = self.training_of_peers(contenders)
+            jobs[WITH_CUDNN] = [self.training("plain", 16, (2, 8), "16", title=WITH_CUDNN)]
         if "overhead" in self.options.parts:
             jobs["overhead"] = self.overhead()
         if "prediction" in self.options.parts:
             jobs["prediction"] = self.prediction()
         if "bits" in self.options.parts:
             jobs["bits"] = [self.job("bits", "bits")]
+        if "training" in self.options.parts:
+            for process, contenders in LAST_PEERS.items():
+                jobs[process] = self.training_of_peers(contenders)
         return jobs
 
     def job(self, part, kind, **more):
@@ -110,13 +120,14 @@ class Planner:
         data = options.data and os.path.abspath(options.data)
         prepare = self.job("preparation", "prepare", data=data, row_count=options.rows,
                            rows=self.files, steps=self.steps, layers=options.layers,
-                           width=options.width)  # fmt: skip
+                           width=options.width, device=options.device)  # fmt: skip
         return [prepare, self.job("preparation", "rate")]
 
-    def training(self, contender, samples, shape, rows):
+    def training(self, contender, samples, shape, rows, title=None):
         batch_size, accumulation = shape
         steps = self.steps[samples]
         return self.job("training", "train", contender=contender, samples=samples, steps=steps,
+                        title=title or TITLES[contender],
                         warm_up=min(WARM_UP, steps - 1), batch_size=batch_size,
                         accumulation=accumulation, rows=self.files[rows],
                         is_long=rows == "long")  # fmt: skip
@@ -152,7 +163,7 @@ class Planner:
                          eval_rows=self.files["all"])]  # fmt: skip
 
     def prediction(self):
-        rows, rounds = self.files["all"], 5
+        rows, rounds = self.files["all"], 2
         if self.options.device == "cpu":  # some processors have no half precision of their own
             rows, rounds = self.files["one step"], 1
         jobs = []
@@ -176,8 +187,8 @@ def install(wheels, folder):
     return None
 
 
-def environment(options, packages):
-    """The variables of the processes: no network, one card or none, `packages` before others."""
+def environment(name, options, packages):
+    """The variables of a process: no network, one card or none, `packages` before others."""
     variables = dict(os.environ)
     variables.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if options.device == "cpu":
@@ -185,6 +196,7 @@ def environment(options, packages):
     variables["PYTHONPATH"] = os.pathsep.join([packages, variables.get("PYTHONPATH", "")])
     variables["HF_HUB_OFFLINE"] = "1"
     variables["TOKENIZERS_PARALLELISM"] = "true"
+    variables[NO_CUDNN] = "0" if name == WITH_CUDNN else "1"
     return variables
 
 
@@ -199,7 +211,8 @@ class Process:
         specification.write_text(json.dumps({"name": name, "jobs": jobs}), "utf-8")
         command = [sys.executable, str(WORKER), str(specification)]
         self.process = subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, text=True,
-                                        stdout=subprocess.PIPE, stderr=log)  # fmt: skip
+                                        stdout=subprocess.PIPE, stderr=log,
+                                        start_new_session=True)  # fmt: skip
         self.answers = queue.Queue()  # None: it has ended
         threading.Thread(target=self.listen, args=(log,), daemon=True).start()
 
@@ -230,19 +243,18 @@ class Process:
         return answer
 
     def work(self, deadline):
-        """Let it work; yields each job with its answer."""
-        answer = self.answer(deadline)
-        if answer == "ready":
+        """Let it work, ready or not; yields each job with its answer."""
+        with suppress(BrokenPipeError):  # it has ended: the answers will tell
             self.process.stdin.write("\n")
             self.process.stdin.flush()
-            answer = None
         for job in self.jobs:
-            yield job, answer or self.answer(deadline)
+            yield job, self.answer(deadline)
         self.end()
 
     def end(self):
-        """End the process, whatever it does."""
-        self.process.kill()
+        """End the process and those that it started, whatever they do."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
@@ -314,6 +326,7 @@ class Report:
             ]  # fmt: skip
         for _, answer in self.answers("rate"):
             lines.append(f"Matrix products reach {answer['rate'] / 1e12:.2f} TFLOP/s.")
+        lines.append(f"cuDNN's attention is off ({NO_CUDNN}=1) but in the row that names it.")
         return lines
 
     def training_table(self):
@@ -346,7 +359,7 @@ class Report:
         for _, peak in self.answers("rate"):
             share = f"{answer['flops'] / peak['rate']:.1%}"
         memory = f"{answer['memory'] / 2**30:.1f} GiB" if answer["memory"] else "–"
-        cells = [samples, TITLES[job["contender"]], shape, f"{answer['rate']:.1f}", *ratios,
+        cells = [samples, job["title"], shape, f"{answer['rate']:.1f}", *ratios,
                  f"{answer['padding']:.3f}", f"{answer['micro_batches']:.1f}", share, memory,
                  answer["taken"]]  # fmt: skip
         return f"| {' | '.join(cells)} |"
@@ -358,18 +371,20 @@ class Report:
             return []
         lines = ["", "### Where a step of 16 samples goes", "",
                  "Milliseconds. Processor: in the code of this section alone; the profiler slows it "
-                 "down. Card: what the section started there.", "",
-                 "| |" + "".join(f" {job['name']}: processor | card |" for job, _ in profiles),
-                 "| --- " * (1 + 2 * len(profiles)) + "|"]  # fmt: skip
+                 "down. Waits: how much of that it waited for the card. Card: what the section "
+                 "started there.", "",
+                 "| |" + "".join(f" {job['name']}: processor | waits | card |" for job, _ in profiles),
+                 "| --- " * (1 + 3 * len(profiles)) + "|"]  # fmt: skip
         for name in profiles[0][1]["sections"]:
             cells = []
             for _, answer in profiles:
-                cells += [f"{value:.2f}" for value in answer["sections"].get(name, (0.0, 0.0))]
+                cells += [f"{value:.2f}" for value in answer["sections"][name]]
             lines.append(f"| {name} | {' | '.join(cells)} |")
         embeddings, whole = [], []
         for _, answer in profiles:
-            embeddings += ["", f"{answer['embedding']:.2f}"]
-            whole += [f"{answer['step']:.2f}", f"{answer['busy']:.2f}"]
+            waits = sum(waits for _, waits, _ in answer["sections"].values())
+            embeddings += ["", "", f"{answer['embedding']:.2f}"]
+            whole += [f"{answer['step']:.2f}", f"{waits:.2f}", f"{answer['busy']:.2f}"]
         lines.append(f"| of backward: the embeddings' gradient | {' | '.join(embeddings)} |")
         lines.append(f"| the whole step | {' | '.join(whole)} |")
         lines.append("")
@@ -412,7 +427,8 @@ class Report:
             if not lines:
                 lines = ["", "### Prediction", "",
                          "Scores: the largest difference of a logit from ours in fp32, in standard "
-                         "deviations of ours, over the pairs that nobody cuts.", "",
+                         "deviations of ours, over the pairs that nobody cuts. Random weights make "
+                         "half precision look worse than it is.", "",
                          "| precision | | pairs/s | ours / it | scores apart by | pairs compared |",
                          "| --- " * 6 + "|"]  # fmt: skip
             for name, numbers in answer["contenders"].items():
@@ -441,7 +457,7 @@ class Report:
 def title_of(process, job):
     """What a job is about, in a few words."""
     if job["kind"] == "train":
-        title = f"{TITLES[job['contender']]}, {job['batch_size']} × {job['accumulation']}"
+        title = f"{job['title']}, {job['batch_size']} × {job['accumulation']}"
         return title + ", rows of 512 tokens" if job["is_long"] else title
     detail = job.get("name") or job.get("precision")
     if detail:
@@ -502,16 +518,20 @@ def main():
     Path(options.output).mkdir(parents=True, exist_ok=True)
     report = Report(options, started)
     processes = []
-    with tempfile.TemporaryDirectory() as folder, open(
-            Path(options.output, "log.txt"), "w", encoding="utf-8", buffering=1) as log:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        path = Path(options.output, "log.txt")
+        log = stack.enter_context(open(path, "w", encoding="utf-8", buffering=1))
         try:
             packages = f"{folder}/packages"
             failure = options.packages and install(options.packages, packages)
             if failure:
                 report.left_out[failure] = [f"the packages of {options.packages}"]
-            variables = environment(options, packages)
             for name, jobs in Planner(options, folder).plan().items():
+                variables = environment(name, options, packages)
                 processes.append(Process(name, jobs, folder, variables, log))
+            for process in processes:
+                process.answer(deadline)  # that it is ready: then nothing disturbs who works
             for process in processes:
                 for job, answer in process.work(deadline):
                     report.add(process.name, job, answer)

@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -30,7 +31,7 @@ import torch
 import transformers
 from default_run import ROOT, read, write_rows
 from predict_throughput import PRECISIONS, time_all, uncut
-from step_profile import PREFIX, read_events, summarize
+from step_profile import PREFIX, has_card, read_events, summarize
 from train_throughput import (
     CONTENDERS,
     CUDA,
@@ -50,17 +51,19 @@ import train_bert_rerank as script  # noqa: E402
 MARK = "gpu.py: "  # what a line for the parent begins with
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "sentence-transformers",
             "FlagEmbedding", "datasets")  # fmt: skip
-IMPORTS = {  # before the work begins, so that processes import at the same time
+NEEDED = {  # by a process for all its jobs
     "sentence-transformers": ["sentence_transformers", "datasets"],
     "FlagEmbedding": ["FlagEmbedding.finetune.reranker.encoder_only.base"],
-    "prediction": ["sentence_transformers", "FlagEmbedding"],
 }
+WELCOME = {"prediction": ["sentence_transformers", "FlagEmbedding"]}  # without them ours is left
 VOCABULARY = 3500  # gives Cranfield's rows as many tokens as MiniLM's tokenizer does: 229 on average
 
 
 # ---- What the parts share --------------------------------------------------------------------------
 def prepare(job):
     """Make the model, with random weights, and the rows; returns what the report's head tells."""
+    if job.device == "cuda" and not CUDA:
+        raise RuntimeError("torch finds no card; --device cpu rehearses without one")
     rows = choose_rows(job.data, job.row_count)
     tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "tiny_reranker")
     if job.data:
@@ -146,6 +149,7 @@ def settings_of(job):
         "micro_batch_tokens": job.micro_batch_tokens,
         "mixed_precision": "bf16" if job.bf16 else "no",
         "log_with": None,
+        "save_total_limit": 1,  # less room is asked for
     }
 
 
@@ -236,8 +240,7 @@ class WatchedSteps:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if CUDA:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        profiler = torch.profiler.profile(activities=activities, record_shapes=True)
-        with labelled_sections(), profiler:
+        with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
             labelled(self.train_step, "whole")(*arguments)
             wait_for_card()
         return profiler
@@ -246,11 +249,17 @@ class WatchedSteps:
 def profile(job):
     """Seconds of a step, and the StepProfile of one like it; each has the same rows, all there are."""
     steps = WatchedSteps(script.train_step, job.trace)
-    with patch.object(script, "train_step", steps), suppress(Finished):
+    with ExitStack() as stack:
+        stack.enter_context(suppress(Finished))
+        stack.enter_context(patch.object(script, "train_step", steps))
+        stack.enter_context(labelled_sections())  # before accelerate binds the model's forward
         script.train({**settings_of(job), "epochs": WatchedSteps.ALL, "save_steps": 10**6})
+    events = read_events(job.trace)
+    if CUDA and not has_card(events):
+        raise RuntimeError("the profiler saw nothing of the card")
     return {
         "seconds": float(np.median(steps.seconds[2:])),
-        **asdict(summarize(read_events(job.trace), job.embeddings)),
+        **asdict(summarize(events, job.embeddings)),
     }
 
 
@@ -372,11 +381,10 @@ def do(job):
     """The result of a job, or {"error": …}: that a peer does not run is a result as well."""
     try:
         return JOBS[job.kind](job)
-    except ModuleNotFoundError as error:
-        return {"error": f"the package {error.name} is missing"}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     finally:
+        shutil.rmtree(job.folder, ignore_errors=True)  # models of several GB
         gc.collect()
         if CUDA:
             torch.cuda.empty_cache()
@@ -388,17 +396,27 @@ def tell(result):
 
 
 def main():
-    """Import, wait, work."""
+    """Import, wait for the parent's word, work."""
     [path] = sys.argv[1:]
     specification = json.loads(Path(path).read_text("utf-8"))
-    for module in IMPORTS.get(specification["name"], []):
-        with suppress(ImportError):  # the job that needs it will tell
+    name = specification["name"]
+    for module in WELCOME.get(name, []):
+        with suppress(ImportError):  # the contender's row will tell
             importlib.import_module(module)
+    failure = None
+    try:
+        for module in NEEDED.get(name, []):
+            importlib.import_module(module)
+    except ImportError as error:
+        failure = str(error)
     tell("ready")
     if not sys.stdin.readline():  # the parent has gone
         return
     for number, job in enumerate(specification["jobs"]):
-        job["folder"] = f"{job['folder']}/{specification['name']} {number}"
+        if failure:
+            tell({"error": failure})
+            continue
+        job["folder"] = f"{job['folder']}/{name} {number}"
         os.makedirs(job["folder"], exist_ok=True)
         tell(do(SimpleNamespace(**job)))
 

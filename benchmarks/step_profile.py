@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 PREFIX = "step: "  # of the names of sections, so that torch's own annotations are told apart
 WHOLE = PREFIX + "whole"
 CARD = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of what the card does
-LAUNCH = ("cuda_runtime", "cuda_driver")  # of the calls by which the processor starts it
+LAUNCH = ("cuda_runtime", "cuda_driver")  # of the processor's calls: to start that, to wait for it
 
 
 @dataclass
@@ -47,9 +47,14 @@ class StepProfile:
     busy: float  # of the card: time in which it ran at least one kernel
     count: int  # of kernels
     micro_batches: int
-    sections: dict = field(default_factory=dict)  # name: [processor, card]
+    sections: dict = field(default_factory=dict)  # name: [processor, of it waiting, card]
     embedding: float = 0.0  # of the card's time in backward: the embeddings' gradient
     kernels: list = field(default_factory=list)  # [name, time, count], longest first
+
+
+def has_card(events):
+    """Whether the profiler saw a card at work."""
+    return any(event.get("cat") in CARD for event in events)
 
 
 def read_events(path):
@@ -111,7 +116,6 @@ def kernels_of(events, shape):
     """The Kernels of a trace, by start; `shape` is that of the embeddings, [V, H]."""
     operations = [event for event in events if event.get("cat") == "cpu_op"]
     on_embeddings = [event for event in operations if is_on_embeddings(event, shape)]
-    work = [event for event in events if event.get("cat") in CARD]
 
     def kernel(event, own, launched, operation):
         is_embedding = any(begins_within(operation, outer) for outer in on_embeddings)
@@ -119,7 +123,7 @@ def kernels_of(events, shape):
         return Kernel(event["name"], event["ts"], end, own, launched, is_embedding)
 
     kernels = []
-    if not work:  # a CPU
+    if not has_card(events):
         for operation, own in with_own_times(operations):
             kernels.append(kernel(operation, own, operation["ts"], operation))
 
@@ -130,7 +134,9 @@ def kernels_of(events, shape):
     for event in events:
         if event.get("cat") in LAUNCH:
             launches[event["args"].get("correlation")] = event
-    for event in work:
+    for event in events:
+        if event.get("cat") not in CARD:
+            continue
         launch = launches.get(event["args"].get("correlation"))
         if launch is None:
             continue  # it was started before the profiler was
@@ -163,9 +169,14 @@ def summarize(events, shape):
         count=len(kernels),
         micro_batches=sum(section.name == PREFIX + "forward" for section in sections),
     )
-    processor, card = Counter(), Counter()
+    processor, waiting, card = Counter(), Counter(), Counter()
     for section in sections:
         processor[section.name] += section.own / 1000
+    for event in events:
+        if event.get("cat") in LAUNCH and "Synchronize" in event["name"]:
+            section = section_at(sections, event["ts"])
+            if section:
+                waiting[section.name] += event["dur"] / 1000
     durations, counts = Counter(), Counter()
     for kernel in kernels:
         name = section_at(sections, kernel.launched).name
@@ -175,10 +186,9 @@ def summarize(events, shape):
         durations[kernel.name] += kernel.own / 1000
         counts[kernel.name] += 1
 
-    for name in processor:
-        if name != WHOLE:
-            profile.sections[name.removeprefix(PREFIX)] = [processor[name], card[name]]
-    profile.sections["the rest"] = [processor[WHOLE], card[WHOLE]]
+    for name in [*(name for name in processor if name != WHOLE), WHOLE]:
+        title = "the rest" if name == WHOLE else name.removeprefix(PREFIX)
+        profile.sections[title] = [processor[name], waiting[name], card[name]]
     for name, duration in durations.most_common(15):
         profile.kernels.append([name, duration, counts[name]])
     return profile
