@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --data CRANFIELD --device cpu --layers 2 --rows 64  # a rehearsal
 
 bge-reranker-large's shape (24 layers, 1,024 wide, a vocabulary of 250,002) with random weights, in
-bf16, on rows of Cranfield, or without --data on the default ones. The parts, of which --parts
-chooses:
+bf16, on rows of Cranfield, or without --data on the default ones, which are Chinese and shorter.
+The parts; --parts chooses among them:
 
 training    pairs/s of ours as it comes and with micro_batch_tokens "auto", of sentence-transformers,
             FlagEmbedding, transformers' Trainer and a plain loop. 16 and 64 samples a step, the
@@ -16,15 +16,15 @@ overhead    what a run spends besides training
 prediction  predict() beside CrossEncoder and FlagReranker in fp32, bf16 and fp16, scores compared
 bits        whether two runs on tiny_reranker leave the same bits, in bf16
 
-A run of the first part takes eight steps, two of them to warm up, or as many as --rows give; it is
-measured from outside, as train_throughput.py says. Processes import at the same time and work one
-after the other. What is missing, a peer or an option of it, is left out, and what takes longer than
---minutes is cut off; the report says what.
+A run of the first part takes eight steps, two of them to warm up, fewer where --rows does not
+suffice; it is measured from outside, as train_throughput.py says. Processes import at the same time
+and work one after the other. What is missing, a peer or an option of it, is left out, and what takes
+longer than --minutes is cut off; the report says what.
 
 --output gets report.md, written anew after each result, results.jsonl, a line for each, log.txt, all
 that the processes print, and a trace of each profiled step, for chrome://tracing or Perfetto.
 --packages is a folder of wheels, for a machine without a network: they are installed for this
-command alone. Some 25 GB of temporary files are made where TMPDIR says.
+command alone. Temporary files take up to 25 GB, in TMPDIR.
 
 A rehearsal computes in fp32, unless --precision says otherwise, with a model 256 wide: it shows that
 everything runs, and its figures say nothing about a GPU.
@@ -32,6 +32,7 @@ everything runs, and its figures say nothing about a GPU.
 
 import argparse
 import json
+import math
 import os
 import queue
 import signal
@@ -45,9 +46,9 @@ from datetime import date
 from pathlib import Path
 
 WORKER = Path(__file__).with_name("gpu_worker.py")
-MARK = "gpu.py: "  # what gpu_worker.py puts before the lines that are for this process
+MARK = "gpu.py: "  # what the lines of gpu_worker.py that are for this process begin with
 PARTS = ("training", "profile", "overhead", "prediction", "bits")
-SHAPES = {16: ((2, 8), (16, 1)), 64: ((8, 8), (64, 1))}  # samples of a step: batch, accumulation
+SPLITS = {16: ((2, 8), (16, 1)), 64: ((8, 8), (64, 1))}  # samples of a step: batch, accumulation
 STEPS, WARM_UP = 8, 2
 HANGS_AFTER = 150  # seconds of a job
 PEERS = {  # process: its contenders, of train_throughput.py
@@ -57,11 +58,11 @@ PEERS = {  # process: its contenders, of train_throughput.py
     "plain loop": ("plain",),
 }
 LAST_PEERS = {"Trainer, other samplings": ("grouped", "random")}  # where time is left
-# PyTorch may choose cuDNN's attention on recent cards, which takes long over each shape of a batch
-# that it has not met. A long run pays that back, eight steps do not: it is off but in one process.
+# On recent cards PyTorch prefers cuDNN's attention, which plans anew for each shape of a batch. A
+# long run spreads that cost, eight steps cannot: all processes but one ask for another attention.
 NO_CUDNN = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
-WITH_CUDNN = "plain loop, cuDNN attention"
-TITLES = {
+OWN_CHOICE = "plain loop, attention as PyTorch chooses it"
+TITLES = {  # here once more: train_throughput.py imports torch, for which this process does not wait
     "ours": "train_bert_rerank.py",
     "auto": 'the same, `micro_batch_tokens="auto"`',
     "st": "sentence-transformers",
@@ -84,7 +85,7 @@ class Planner:
         for key in ("all", "one step", "16", "64", "long"):
             self.files[key] = f"{folder}/{key}.jsonl"
         self.steps = {}  # of a run, by the samples of a step
-        for samples in SHAPES:
+        for samples in SPLITS:
             self.steps[samples] = min(STEPS, options.rows // samples)
 
     def plan(self):
@@ -97,36 +98,36 @@ class Planner:
         if "training" in self.options.parts:
             for process, contenders in PEERS.items():
                 jobs[process] = self.training_of_peers(contenders)
-            jobs[WITH_CUDNN] = [self.training("plain", 16, (2, 8), "16", title=WITH_CUDNN)]
+            jobs[OWN_CHOICE] = [self.training("plain", 16, (2, 8), "16", title=OWN_CHOICE)]
         if "overhead" in self.options.parts:
             jobs["overhead"] = self.overhead()
         if "prediction" in self.options.parts:
             jobs["prediction"] = self.prediction()
         if "bits" in self.options.parts:
-            jobs["bits"] = [self.job("bits", "bits")]
+            jobs["bits"] = [self.job("bits")]
         if "training" in self.options.parts:
             for process, contenders in LAST_PEERS.items():
                 jobs[process] = self.training_of_peers(contenders)
         return jobs
 
-    def job(self, part, kind, **more):
-        """A job of the part that the function `kind` of gpu_worker.py does."""
+    def job(self, kind, **more):
+        """A job for the function `kind` of gpu_worker.py."""
         bf16 = self.options.precision == "bf16"
-        return {"part": part, "kind": kind, "folder": self.folder, "model": f"{self.folder}/model",
-                "bf16": bf16, **more}  # fmt: skip
+        return {"kind": kind, "folder": self.folder, "model": f"{self.folder}/model", "bf16": bf16,
+                **more}  # fmt: skip
 
     def preparation(self):
         options = self.options
         data = options.data and os.path.abspath(options.data)
-        prepare = self.job("preparation", "prepare", data=data, row_count=options.rows,
-                           rows=self.files, steps=self.steps, layers=options.layers,
-                           width=options.width, device=options.device)  # fmt: skip
-        return [prepare, self.job("preparation", "rate")]
+        prepare = self.job("prepare", data=data, row_count=options.rows, files=self.files,
+                           steps=self.steps, layers=options.layers, width=options.width,
+                           device=options.device)  # fmt: skip
+        return [prepare, self.job("rate")]
 
-    def training(self, contender, samples, shape, rows, title=None):
-        batch_size, accumulation = shape
+    def training(self, contender, samples, split, rows, title=None):
+        batch_size, accumulation = split
         steps = self.steps[samples]
-        return self.job("training", "train", contender=contender, samples=samples, steps=steps,
+        return self.job("train", contender=contender, samples=samples, steps=steps,
                         title=title or TITLES[contender],
                         warm_up=min(WARM_UP, steps - 1), batch_size=batch_size,
                         accumulation=accumulation, rows=self.files[rows],
@@ -135,32 +136,31 @@ class Planner:
     def training_of_ours(self):
         jobs = []
         for samples, rows in ((16, "16"), (64, "64"), (64, "long")):
-            as_default, _ = SHAPES[samples]
+            like_the_defaults, _ = SPLITS[samples]
             for contender in ("ours", "auto"):
-                jobs.append(self.training(contender, samples, as_default, rows))
+                jobs.append(self.training(contender, samples, like_the_defaults, rows))
         return jobs
 
     def training_of_peers(self, contenders):
         jobs = []
         for contender in contenders:
-            for samples, shapes in SHAPES.items():
-                for shape in shapes:
-                    jobs.append(self.training(contender, samples, shape, str(samples)))
+            for samples, splits in SPLITS.items():
+                for split in splits:
+                    jobs.append(self.training(contender, samples, split, str(samples)))
         return jobs
 
     def profile(self):
         jobs = []
         for name, bound in (("default", None), ("auto", "auto")):
             trace = os.path.abspath(f"{self.options.output}/{name}.trace.json.gz")
-            jobs.append(self.job("profile", "profile", name=name, micro_batch_tokens=bound,
-                                 batch_size=2, accumulation=8, rows=self.files["one step"],
-                                 embeddings=(250_002, self.options.width), trace=trace))  # fmt: skip
+            jobs.append(self.job("profile", name=name, micro_batch_tokens=bound, batch_size=2,
+                                 accumulation=8, rows=self.files["one step"], trace=trace,
+                                 embeddings=(250_002, self.options.width)))  # fmt: skip
         return jobs
 
     def overhead(self):
-        return [self.job("overhead", "overhead", micro_batch_tokens="auto", batch_size=2,
-                         accumulation=8, rows=self.files["16"],
-                         eval_rows=self.files["all"])]  # fmt: skip
+        return [self.job("overhead", micro_batch_tokens="auto", batch_size=2, accumulation=8,
+                         rows=self.files["16"], eval_rows=self.files["all"])]  # fmt: skip
 
     def prediction(self):
         rows, rounds = self.files["all"], 2
@@ -168,8 +168,8 @@ class Planner:
             rows, rounds = self.files["one step"], 1
         jobs = []
         for precision in ("fp32", "bf16", "fp16"):
-            jobs.append(self.job("prediction", "predict", precision=precision, rows=rows,
-                                 rounds=rounds))  # fmt: skip
+            jobs.append(self.job("predict", name=precision, precision=precision, rows=rows,
+                                 rounds=rounds, reference=f"{self.folder}/logits.npy"))  # fmt: skip
         return jobs
 
 
@@ -177,26 +177,25 @@ class Planner:
 def install(wheels, folder):
     """Install the wheels of one folder into another; returns why it failed, or None."""
     paths = sorted(map(str, Path(wheels).glob("*.whl")))
-    if not paths:
-        return f"{wheels} has no *.whl"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps",
                "--no-compile", "--target", folder, *paths]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        return done.stderr.strip().splitlines()[-1]
+        return (done.stderr.strip().splitlines() or [f"pip ended with status {done.returncode}"])[0]
     return None
 
 
 def environment(name, options, packages):
     """The variables of a process: no network, one card or none, `packages` before others."""
     variables = dict(os.environ)
-    variables.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    if options.device == "cpu":
-        variables["CUDA_VISIBLE_DEVICES"] = ""
-    variables["PYTHONPATH"] = os.pathsep.join([packages, variables.get("PYTHONPATH", "")])
+    first_card, *_ = variables.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    variables["CUDA_VISIBLE_DEVICES"] = "" if options.device == "cpu" else first_card
+    variables["PYTHONPATH"] = packages
+    if "PYTHONPATH" in os.environ:
+        variables["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
     variables["HF_HUB_OFFLINE"] = "1"
     variables["TOKENIZERS_PARALLELISM"] = "true"
-    variables[NO_CUDNN] = "0" if name == WITH_CUDNN else "1"
+    variables[NO_CUDNN] = "0" if name == OWN_CHOICE else "1"
     return variables
 
 
@@ -206,49 +205,56 @@ class Process:
     def __init__(self, name, jobs, folder, variables, log):
         self.name = name
         self.jobs = jobs
-        self.failure = None  # why no more answers will come
+        self.failure = None  # why no more answers will come, where that is so
         specification = Path(folder, f"{name}.json")
         specification.write_text(json.dumps({"name": name, "jobs": jobs}), "utf-8")
         command = [sys.executable, str(WORKER), str(specification)]
         self.process = subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, text=True,
                                         stdout=subprocess.PIPE, stderr=log,
                                         start_new_session=True)  # fmt: skip
-        self.answers = queue.Queue()  # None: it has ended
+        self.told = queue.Queue()  # its answers; None: it has ended
         threading.Thread(target=self.listen, args=(log,), daemon=True).start()
 
     def listen(self, log):
         """Sort what the process prints: its answers, and what libraries have to say."""
         for line in self.process.stdout:
             if line.startswith(MARK):
-                self.answers.put(json.loads(line.removeprefix(MARK)))
+                self.told.put(json.loads(line.removeprefix(MARK)))
             else:
                 log.write(line)
-        self.answers.put(None)
+        self.told.put(None)
 
-    def answer(self, deadline):
-        """The next answer; {"error": …} where none comes."""
+    def next_answer(self, deadline, patience):
+        """The next answer within so many seconds; {"error": …} where none comes."""
         if self.failure:
-            return {"error": f"not begun after another was {self.failure}"}
+            return {"error": f"not begun: before it, {self.failure}"}
         left = deadline - time.monotonic()
+        if left <= 0:
+            return {"error": "not begun: no time was left"}
         try:
-            answer = self.answers.get(timeout=max(0.0, min(left, HANGS_AFTER)))
+            answer = self.told.get(timeout=min(left, patience))
         except queue.Empty:
-            self.failure = f"cut off: it took over {HANGS_AFTER} seconds"
-            if left < HANGS_AFTER:
+            self.failure = f"cut off: it took over {patience} seconds"
+            if left < patience:
                 self.failure = "cut off: no time was left"
             return {"error": self.failure}
         if answer is None:
-            self.failure = f"cut off: its process ended with exit status {self.process.wait()}"
-            return {"error": f"{self.failure}; log.txt tells more"}
+            self.failure = f"its process ended with exit status {self.process.wait()}, see log.txt"
+            return {"error": self.failure}
         return answer
 
+    def wait_for_imports(self, deadline):
+        """Until it has imported; returns what it could not import, as text."""
+        answer = self.next_answer(deadline, patience=math.inf)
+        return "; ".join(answer.get("missing", [])) or answer.get("error")
+
     def work(self, deadline):
-        """Let it work, ready or not; yields each job with its answer."""
+        """Let it work; yields each job with its answer."""
         with suppress(BrokenPipeError):  # it has ended: the answers will tell
             self.process.stdin.write("\n")
             self.process.stdin.flush()
         for job in self.jobs:
-            yield job, self.answer(deadline)
+            yield job, self.next_answer(deadline, HANGS_AFTER)
         self.end()
 
     def end(self):
@@ -269,19 +275,31 @@ class Report:
         self.left_out = {}  # why: titles of what
         self.path = Path(options.output, "report.md")
         self.lines = Path(options.output, "results.jsonl")
-        self.lines.write_text("", "utf-8")
 
-    def add(self, process, job, answer):
-        """Keep a result: in the files, and for the reader who waits."""
-        self.results.append((process, job, answer))
+    def say(self, text):
+        """A line for whoever waits, with the seconds since the start."""
+        print(f"{time.monotonic() - self.started:5.0f} s  {text}", flush=True)
+
+    def leave_out(self, title, reason):
+        """Keep and say that something is missing."""
+        self.left_out.setdefault(reason, []).append(title)
+        self.say(f"{title}: left out: {reason}")
+
+    def add(self, name, job, answer):
+        """Keep and say a result of the process of this name."""
+        self.results.append((name, job, answer))
         with open(self.lines, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"process": process, "job": job, "answer": answer}) + "\n")
-        title = title_of(process, job)
+            file.write(json.dumps({"process": name, "job": job, "answer": answer}) + "\n")
+        title = title_of(name, job)
         if "error" in answer:
-            self.left_out.setdefault(answer["error"], []).append(title)
-        seconds = time.monotonic() - self.started
-        print(f"{seconds:5.0f} s  {title}: {brief(answer)}", flush=True)
-        self.path.write_text(self.text(), "utf-8")
+            self.leave_out(title, answer["error"])
+        elif job["kind"] == "train":
+            self.say(f"{title}: {answer['rate']:.1f} pairs/s")
+        else:
+            self.say(f"{title}: done")
+        unfinished = self.path.with_suffix(".new")
+        unfinished.write_text(self.text(), "utf-8")
+        os.replace(unfinished, self.path)
 
     def answers(self, kind, **wanted):
         """[(job, answer)] of the jobs of a kind that have these values and did not fail."""
@@ -311,7 +329,8 @@ class Report:
         """Date, machine, versions, model and rows."""
         lines = []
         if self.options.device == "cpu":
-            lines += ["**A rehearsal on a CPU: the figures say nothing about a GPU.**", ""]
+            lines += ["**A rehearsal on a CPU. The figures say nothing about a GPU; card and kernels stand "
+                      "for the processor and its operations.**", ""]  # fmt: skip
         for _, facts in self.answers("prepare"):
             versions = []
             for package, version in facts["versions"].items():
@@ -319,14 +338,15 @@ class Report:
             source = "Cranfield" if self.options.data else "default"
             lines += [
                 f"{date.today()}, {facts['device']}, {facts['processor']}, Python {facts['python']}; "
-                + ", ".join(versions) + ".",
+                + ", ".join(versions) + f"; train_bert_rerank.py {facts['script']}.",
                 f"{self.options.layers} layers, {self.options.width} wide, "
                 f"{facts['parameters'] / 1e6:.0f} M parameters, {self.options.precision}; "
                 f"{self.options.rows} {source} rows of {facts['tokens']:.0f} tokens on average.",
             ]  # fmt: skip
         for _, answer in self.answers("rate"):
-            lines.append(f"Matrix products reach {answer['rate'] / 1e12:.2f} TFLOP/s.")
-        lines.append(f"cuDNN's attention is off ({NO_CUDNN}=1) but in the row that names it.")
+            rate = answer["operations_a_second"] / 1e12
+            lines.append(f"Matrix products in this precision reach {rate:.2f} TFLOP/s.")
+        lines.append("Every run was measured once.")
         return lines
 
     def training_table(self):
@@ -342,6 +362,8 @@ class Report:
                 lines.append(self.training_row(job, answer, rates))
         if lines:
             lines = ["", "### Training", "",
+                     f"{NO_CUDNN}=1 but in the row that says otherwise. The share of matrix products "
+                     "counts real tokens only, in all layers.", "",
                      "| samples a step | contender | batch × accumulation | pairs/s | ours / it | "
                      "auto / it | padding efficiency | micro-batches a step | "
                      "share of matrix products | peak memory | rows |",
@@ -351,15 +373,15 @@ class Report:
     def training_row(self, job, answer, rates):
         """A contender's row; `rates` has those of ours for the same rows."""
         samples = f"{job['samples']}, of 512 tokens" if job["is_long"] else str(job["samples"])
-        shape = f"{job['batch_size']} × {job['accumulation']}"
+        split = f"{job['batch_size']} × {job['accumulation']}"
         ratios = []
         for name in ("ours", "auto"):
             ratios.append(f"{rates[name] / answer['rate']:.2f}" if name in rates else "–")
         share = "–"
         for _, peak in self.answers("rate"):
-            share = f"{answer['flops'] / peak['rate']:.1%}"
+            share = f"{answer['flops'] / peak['operations_a_second']:.1%}"
         memory = f"{answer['memory'] / 2**30:.1f} GiB" if answer["memory"] else "–"
-        cells = [samples, job["title"], shape, f"{answer['rate']:.1f}", *ratios,
+        cells = [samples, job["title"], split, f"{answer['rate']:.1f}", *ratios,
                  f"{answer['padding']:.3f}", f"{answer['micro_batches']:.1f}", share, memory,
                  answer["taken"]]  # fmt: skip
         return f"| {' | '.join(cells)} |"
@@ -370,9 +392,9 @@ class Report:
         if not profiles:
             return []
         lines = ["", "### Where a step of 16 samples goes", "",
-                 "Milliseconds. Processor: in the code of this section alone; the profiler slows it "
-                 "down. Waits: how much of that it waited for the card. Card: what the section "
-                 "started there.", "",
+                 "Milliseconds. Processor: time in this section without the sections inside it, longer "
+                 "than usual under the profiler. Waits: of this, blocked on the card. Card: run time of "
+                 "the kernels that the section launched.", "",
                  "| |" + "".join(f" {job['name']}: processor | waits | card |" for job, _ in profiles),
                  "| --- " * (1 + 3 * len(profiles)) + "|"]  # fmt: skip
         for name in profiles[0][1]["sections"]:
@@ -390,11 +412,11 @@ class Report:
         lines.append("")
         for job, answer in profiles:
             seconds = answer["seconds"]
-            waits = max(0.0, 1 - answer["busy"] / 1000 / seconds)
+            idle = max(0.0, 1 - answer["busy"] / 1000 / seconds)
             lines.append(
                 f"- {job['name']}: {answer['micro_batches']} micro-batches, {seconds * 1000:.1f} ms "
-                f"without the profiler, in {waits:.0%} of which the card waits; "
-                f"{answer['count']} kernels."
+                f"without the profiler (the median of three); the card is idle for {idle:.0%} of "
+                f"that; {answer['count']} kernels."
             )
         return lines
 
@@ -414,8 +436,10 @@ class Report:
         """What a run spends besides training."""
         lines = []
         for _, answer in self.answers("overhead"):
-            lines += ["", f"### A run of {answer['steps']} steps, {answer['seconds']:.1f} s in all",
-                      "", "| | times | seconds |", "| --- | --- | --- |"]  # fmt: skip
+            steps, seconds = answer["steps"], answer["seconds"]
+            lines += ["", f"### A run of {steps} steps, {seconds:.1f} s in all", "",
+                      f"An evaluation scores {answer['evaluated']} rows.", "",
+                      "| | times | seconds |", "| --- | --- | --- |"]  # fmt: skip
             for name, (count, seconds) in answer["spent"].items():
                 lines.append(f"| {name} | {count} | {seconds:.2f} |")
         return lines
@@ -426,10 +450,11 @@ class Report:
         for job, answer in self.answers("predict"):
             if not lines:
                 lines = ["", "### Prediction", "",
-                         "Scores: the largest difference of a logit from ours in fp32, in standard "
-                         "deviations of ours, over the pairs that nobody cuts. Random weights make "
-                         "half precision look worse than it is.", "",
-                         "| precision | | pairs/s | ours / it | scores apart by | pairs compared |",
+                         f"{answer['pairs']} pairs, the median of {job['rounds']} rounds. Scores: the "
+                         "largest difference of a logit from ours in fp32, in standard deviations of "
+                         "ours, over the pairs that nobody cuts. With random weights, half precision "
+                         "moves scores further than it would a trained model's.", "",
+                         "| precision | | pairs/s | ours / it | largest difference | pairs compared |",
                          "| --- " * 6 + "|"]  # fmt: skip
             for name, numbers in answer["contenders"].items():
                 if "error" in numbers:
@@ -448,30 +473,21 @@ class Report:
             outcome = "the same bits"
             if answer["differing"]:
                 outcome = f"OTHER BITS in {', '.join(answer['differing'])}"
+            precision = answer["precision"].replace("no", "fp32")
             lines += ["", "### The same bits", "",
-                      f"Two runs of ten steps on tiny_reranker, precision {answer['precision']}: "
+                      f"Two runs of ten steps on tiny_reranker in {precision}: "
                       f"{outcome} ({answer['compared']} files and series of scalars compared)."]  # fmt: skip
         return lines
 
 
-def title_of(process, job):
-    """What a job is about, in a few words."""
+def title_of(name, job):
+    """What a job of the process of this name is about, in a few words."""
     if job["kind"] == "train":
         title = f"{job['title']}, {job['batch_size']} × {job['accumulation']}"
         return title + ", rows of 512 tokens" if job["is_long"] else title
-    detail = job.get("name") or job.get("precision")
-    if detail:
-        return f"{process}, {detail}"
+    if "name" in job:
+        return f"{name}, {job['name']}"
     return job["kind"]
-
-
-def brief(answer):
-    """An answer in a few words."""
-    if "error" in answer:
-        return f"left out: {answer['error']}"
-    if "taken" in answer:
-        return f"{answer['rate']:.1f} pairs/s"
-    return "done"
 
 
 def shortened(name):
@@ -501,8 +517,10 @@ def read_options():
         parser.error("--rows should be a multiple of 64")
     if options.data and not Path(options.data, "cranfield_train.jsonl").is_file():
         parser.error(f"--data {options.data} has no cranfield_train.jsonl")
-    if options.packages and not Path(options.packages).is_dir():
-        parser.error(f"--packages {options.packages} is no folder")
+    if options.packages and not list(Path(options.packages).glob("*.whl")):
+        parser.error(f"--packages {options.packages} has no *.whl")
+    if Path(options.output, "results.jsonl").exists():
+        parser.error(f"--output {options.output} has results already: name another folder")
     is_cpu = options.device == "cpu"
     options.precision = options.precision or ("fp32" if is_cpu else "bf16")
     options.width = options.width or (256 if is_cpu else 1024)
@@ -513,7 +531,9 @@ def main():
     """Start the processes, let one after the other work, keep what they answer."""
     started = time.monotonic()
     options = read_options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `finally` ends the processes
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # by way of `finally`
     deadline = started + 60 * options.minutes - 5  # to remove what was written, and to print
     Path(options.output).mkdir(parents=True, exist_ok=True)
     report = Report(options, started)
@@ -526,12 +546,14 @@ def main():
             packages = f"{folder}/packages"
             failure = options.packages and install(options.packages, packages)
             if failure:
-                report.left_out[failure] = [f"the packages of {options.packages}"]
+                report.leave_out(f"the packages of {options.packages}", failure)
             for name, jobs in Planner(options, folder).plan().items():
                 variables = environment(name, options, packages)
                 processes.append(Process(name, jobs, folder, variables, log))
-            for process in processes:
-                process.answer(deadline)  # that it is ready: then nothing disturbs who works
+            for process in processes:  # before one works: an import would disturb its figures
+                missing = process.wait_for_imports(deadline)
+                if missing:
+                    report.say(f"{process.name} lacks {missing}")
             for process in processes:
                 for job, answer in process.work(deadline):
                     report.add(process.name, job, answer)

@@ -1,4 +1,4 @@
-"""What the processes of gpu.py do: each imports what its jobs need, waits for a line, does the jobs.
+"""What the processes of gpu.py do: each imports what its jobs need, waits for a line, does its jobs.
 
     python benchmarks/gpu_worker.py JOBS.json      # gpu.py calls it so
 
@@ -8,6 +8,7 @@ the libraries.
 """
 
 import gc
+import hashlib
 import importlib
 import json
 import math
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 import transformers
 from default_run import ROOT, read, write_rows
+from gpu import MARK
 from predict_throughput import PRECISIONS, time_all, uncut
 from step_profile import PREFIX, has_card, read_events, summarize
 from train_throughput import (
@@ -48,14 +50,13 @@ from true_size import shape
 sys.path.insert(0, str(ROOT))
 import train_bert_rerank as script  # noqa: E402
 
-MARK = "gpu.py: "  # what a line for the parent begins with
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "sentence-transformers",
             "FlagEmbedding", "datasets")  # fmt: skip
-NEEDED = {  # by a process for all its jobs
+IMPORTS = {  # by process; without them "prediction" still measures ours, the others nothing
     "sentence-transformers": ["sentence_transformers", "datasets"],
     "FlagEmbedding": ["FlagEmbedding.finetune.reranker.encoder_only.base"],
+    "prediction": ["sentence_transformers", "FlagEmbedding"],
 }
-WELCOME = {"prediction": ["sentence_transformers", "FlagEmbedding"]}  # without them ours is left
 VOCABULARY = 3500  # gives Cranfield's rows as many tokens as MiniLM's tokenizer does: 229 on average
 
 
@@ -65,6 +66,8 @@ def prepare(job):
     if job.device == "cuda" and not CUDA:
         raise RuntimeError("torch finds no card; --device cpu rehearses without one")
     rows = choose_rows(job.data, job.row_count)
+    if len(rows) < job.row_count:
+        raise ValueError(f"--rows {job.row_count}: there are {len(rows)}")
     tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "tiny_reranker")
     if job.data:
         tokenizer = english_tokenizer(tokenizer, choose_rows(job.data))
@@ -77,18 +80,16 @@ def prepare(job):
     model.save_pretrained(job.model)
     tokenizer.save_pretrained(job.model)
 
-    lengths = [len(ids) for ids in tokenize(tokenizer, rows)["input_ids"]]
-    long_rows = []
-    for row, length in zip(rows, lengths, strict=True):
-        copies = math.ceil(1.2 * MAX_LEN / length)  # a little over MAX_LEN, to which all are cut
-        long_rows.append({**row, "content": " ".join([row["content"]] * copies)})
-    write_rows(job.rows["all"], rows)
-    write_rows(job.rows["one step"], rows[:16])
+    write_rows(job.files["all"], rows)
+    write_rows(job.files["one step"], rows[:16])
     for samples, steps in job.steps.items():
-        write_rows(job.rows[samples], rows[: int(samples) * steps])
-    write_rows(job.rows["long"], long_rows[: 64 * job.steps["64"]])
+        write_rows(job.files[samples], rows[: int(samples) * steps])
+    write_rows(job.files["long"], lengthened(rows[: 64 * job.steps["64"]], tokenizer))
 
+    lengths = [len(ids) for ids in tokenize(tokenizer, rows)["input_ids"]]
+    source = Path(script.__file__).read_bytes()
     return {
+        "script": hashlib.sha256(source).hexdigest()[:12],
         "device": card_name() if CUDA else "CPU",
         "processor": f"{os.cpu_count()} cores of {processor_name()}",
         "python": platform.python_version(),
@@ -96,6 +97,19 @@ def prepare(job):
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "tokens": float(np.mean(lengths)),
     }
+
+
+def lengthened(rows, tokenizer):
+    """The rows with documents repeated until every pair has MAX_LEN tokens and more."""
+    found = []
+    for row in rows:
+        tokens = len(tokenizer(row["content"], add_special_tokens=False)["input_ids"])
+        copies = math.ceil(1.2 * MAX_LEN / tokens)  # more: where copies meet, tokens may merge
+        found.append({**row, "content": " ".join([row["content"]] * copies)})
+    shortest = min(len(ids) for ids in tokenize(tokenizer, found)["input_ids"])
+    if shortest < MAX_LEN:
+        raise ValueError(f"a lengthened row has {shortest} tokens")
+    return found
 
 
 def english_tokenizer(tokenizer, rows):
@@ -156,7 +170,8 @@ def settings_of(job):
 # ---- Training --------------------------------------------------------------------------------------
 def rate(job):
     """The rate of matrix products in the precision of the run, in operations a second."""
-    return {"rate": matmul_peak(SimpleNamespace(threads=os.cpu_count(), bf16=job.bf16))}
+    peak = matmul_peak(SimpleNamespace(threads=os.cpu_count(), bf16=job.bf16))
+    return {"operations_a_second": peak}
 
 
 def train(job):
@@ -165,7 +180,8 @@ def train(job):
                 "max_grad_norm": 1.0, "threads": os.cpu_count(), "deterministic": False}  # fmt: skip
     _, _, special = CONTENDERS[job.contender]
     numbers = measure(SimpleNamespace(**{**defaults, **special, **vars(job)}))
-    numbers["taken"] = rows_taken(job.contender, numbers, job.steps, job.samples)
+    taken = rows_taken(job.contender, numbers, job.steps, job.samples)
+    numbers["taken"] = f"{numbers['steps']} steps, {job.warm_up} of warm-up; {taken}"
     if not CUDA:
         numbers["memory"] = None  # it would be the highest of all jobs of this process
     return numbers
@@ -188,7 +204,7 @@ def labelled_sections():
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 
-    tokens = "tokens to the card, loss"  # of our forward what is not transformers' own
+    tokens = "batch, tokens to the card, loss"  # of our forward what is not transformers' own
     sections = [
         (script, "plan_window", "planning"),
         (script.BertRerankerModel, "collate", tokens),
@@ -207,11 +223,10 @@ def labelled_sections():
 
 
 class WatchedSteps:
-    """Takes the place of train_step() in a run: two steps of warm-up, three that are timed as they
+    """Takes the place of train_step() in a run: some steps of warm-up, some that are timed as they
     are, one that warms the profiler up, and one whose trace is kept. Then the run is over."""
 
-    TIMED = 5
-    ALL = 7
+    WARM_UP, TIMED, PROFILED = 2, 3, 2
 
     def __init__(self, train_step, trace):
         self.train_step = train_step
@@ -220,7 +235,7 @@ class WatchedSteps:
 
     def __call__(self, *arguments):
         """The next step."""
-        if len(self.seconds) < self.TIMED:
+        if len(self.seconds) < self.WARM_UP + self.TIMED:
             return self.timed(arguments)
         self.profiled(arguments)
         self.profiled(arguments).export_chrome_trace(self.trace)
@@ -247,51 +262,58 @@ class WatchedSteps:
 
 
 def profile(job):
-    """Seconds of a step, and the StepProfile of one like it; each has the same rows, all there are."""
+    """Seconds of a step, and the StepProfile of one like it: the file holds the rows of one step,
+    so that every step has the same."""
     steps = WatchedSteps(script.train_step, job.trace)
     with ExitStack() as stack:
         stack.enter_context(suppress(Finished))
         stack.enter_context(patch.object(script, "train_step", steps))
         stack.enter_context(labelled_sections())  # before accelerate binds the model's forward
-        script.train({**settings_of(job), "epochs": WatchedSteps.ALL, "save_steps": 10**6})
+        steps_in_all = WatchedSteps.WARM_UP + WatchedSteps.TIMED + WatchedSteps.PROFILED
+        script.train({**settings_of(job), "epochs": steps_in_all, "save_steps": 10**6})
     events = read_events(job.trace)
     if CUDA and not has_card(events):
         raise RuntimeError("the profiler saw nothing of the card")
     return {
-        "seconds": float(np.median(steps.seconds[2:])),
+        "seconds": float(np.median(steps.seconds[WatchedSteps.WARM_UP :])),
         **asdict(summarize(events, job.embeddings)),
     }
 
 
 # ---- Prediction ------------------------------------------------------------------------------------
 def predict(job):
-    """Pairs a second of predict() and its peers in a precision, and how far their scores are from
-    ours in fp32, in standard deviations of those; the job in fp32 comes first."""
+    """Pairs a second of predict() and its peers in a precision, and how far their logits are from
+    ours in fp32, in standard deviations of those. The job in fp32 comes first: the others read its
+    logits."""
     pairs = [(row["query"], row["content"]) for row in read(job.rows)]
     place = {"device": "cuda" if CUDA else "cpu", "dtype": PRECISIONS[job.precision]}
     found = time_all(job.model, pairs, place, job.rounds)
 
-    reference = Path(job.model, "reference.npy")
     if job.precision == "fp32":
-        np.save(reference, logits_of(found["ours"]["scores"]))
-    exact = np.load(reference)
+        np.save(job.reference, logits_of(found["ours"]["scores"]))
+    exact = np.load(job.reference)
     is_compared = uncut(job.model, pairs)
 
     contenders = {}
     for name, numbers in found.items():
-        contenders[name] = numbers
-        if "error" not in numbers:
-            apart = np.abs(logits_of(numbers["scores"]) - exact)[is_compared]
-            contenders[name] = {
-                "rate": len(pairs) / float(np.median(numbers["seconds"])),
-                "apart": float(apart.max() / exact.std()),
-            }
-    return {"contenders": contenders, "compared": int(is_compared.sum())}
+        if "error" in numbers:
+            contenders[name] = numbers
+            continue
+        apart = np.abs(logits_of(numbers["scores"]) - exact)[is_compared]
+        contenders[name] = {
+            "rate": len(pairs) / float(np.median(numbers["seconds"])),
+            "apart": float(apart.max() / exact.std()),
+        }
+    return {
+        "contenders": contenders,
+        "pairs": len(pairs),
+        "compared": int(is_compared.sum()),
+    }
 
 
 def logits_of(probabilities):
-    """The logits behind probabilities, in fp64."""
-    probabilities = np.asarray(probabilities, dtype=np.float64)
+    """The logits behind probabilities, in fp64; half precision rounds some to 0 or 1."""
+    probabilities = np.clip(np.asarray(probabilities, dtype=np.float64), 1e-7, 1 - 1e-7)
     return np.log(probabilities / (1 - probabilities))
 
 
@@ -325,8 +347,9 @@ def bits(job):
 
 # ---- What a run spends besides training ------------------------------------------------------------
 def overhead(job):
-    """{what: [calls, seconds]} of a run with the defaults, "auto" and one epoch, evaluated on its own
-    training rows: how well it ranks is not the question."""
+    """{what: [calls, seconds]} of a run with "auto", one epoch and otherwise the defaults, but that
+    it keeps one checkpoint. The rows of its evaluation are of the training file, its own among them:
+    how well it ranks is not the question."""
     from accelerate import Accelerator
 
     parts = [
@@ -338,27 +361,35 @@ def overhead(job):
         ('the probe of "auto"', script, "largest_micro_batch"),
         ("evaluations", script, "evaluate"),
         ("shift of the head's bias", script, "fit_bias"),
-        ("copies of weights to the host", script, "host_copy"),
+        ("copies of weights to the host's memory", script, "host_copy"),
         ("training steps", script, "train_step"),
         ("checkpoints", script, "save_checkpoint"),
         ("verdict", script, "judge"),
         ("saving models", script.BertRerankerModel, "save_pretrained"),
         ("report and pictures", script, "write_evaluation"),
         ("picture of the loss", script, "draw_loss_curve"),
-        ("logging verdict and pictures", script, "log_outcome"),
-        ("moving the results into place", script, "publish"),
+        ("model card", script, "write_model_card"),
+        ("rows to check", script, "write_rows_to_check"),
+        ("verdict and pictures into TensorBoard", script, "log_outcome"),
+        ("results to the disk for good", script, "flush_to_disk"),
+        ("results into their place", script, "publish"),
     ]
     spent = {title: [0, 0.0] for title, _, _ in parts}
+    running = []  # the part that is timed now: what it calls is a part of it
 
     def timed(function, title):
         @wraps(function)
         def timing(*arguments, **options):
+            if running:
+                return function(*arguments, **options)
+            running.append(title)
             wait_for_card()
             started = time.perf_counter()
             result = function(*arguments, **options)
             wait_for_card()
             spent[title][0] += 1
             spent[title][1] += time.perf_counter() - started
+            running.clear()
             return result
 
         return timing
@@ -367,10 +398,16 @@ def overhead(job):
         for title, owner, name in parts:
             stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), title)))
         started = time.perf_counter()
-        script.train({**settings_of(job), "eval_dataset": job.eval_rows, "epochs": 1})
-    seconds = time.perf_counter() - started
-    spent["the rest"] = [1, seconds - sum(seconds for _, seconds in spent.values())]
-    return {"spent": spent, "seconds": seconds, "steps": spent["training steps"][0]}
+        more = {"eval_dataset": job.eval_rows, "epochs": 1, "log_with": "tensorboard"}
+        script.train({**settings_of(job), **more})
+        seconds = time.perf_counter() - started
+    spent["the rest"] = [1, seconds - sum(taken for _, taken in spent.values())]
+    return {
+        "spent": spent,
+        "seconds": seconds,
+        "steps": spent["training steps"][0],
+        "evaluated": len(read(job.eval_rows)),
+    }
 
 
 # ---- The process -----------------------------------------------------------------------------------
@@ -384,7 +421,7 @@ def do(job):
     except Exception as error:
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     finally:
-        shutil.rmtree(job.folder, ignore_errors=True)  # models of several GB
+        shutil.rmtree(job.folder, ignore_errors=True)  # the job's own: models of several GB
         gc.collect()
         if CUDA:
             torch.cuda.empty_cache()
@@ -400,21 +437,18 @@ def main():
     [path] = sys.argv[1:]
     specification = json.loads(Path(path).read_text("utf-8"))
     name = specification["name"]
-    for module in WELCOME.get(name, []):
-        with suppress(ImportError):  # the contender's row will tell
+    missing = []
+    for module in IMPORTS.get(name, []):
+        try:
             importlib.import_module(module)
-    failure = None
-    try:
-        for module in NEEDED.get(name, []):
-            importlib.import_module(module)
-    except ImportError as error:
-        failure = str(error)
-    tell("ready")
+        except Exception as error:  # a package that does not suit the others raises anything
+            missing.append(f"{type(error).__name__}: {error}")
+    tell({"missing": missing})
     if not sys.stdin.readline():  # the parent has gone
         return
     for number, job in enumerate(specification["jobs"]):
-        if failure:
-            tell({"error": failure})
+        if missing and name != "prediction":
+            tell({"error": missing[0]})
             continue
         job["folder"] = f"{job['folder']}/{name} {number}"
         os.makedirs(job["folder"], exist_ok=True)

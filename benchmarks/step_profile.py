@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 PREFIX = "step: "  # of the names of sections, so that torch's own annotations are told apart
 WHOLE = PREFIX + "whole"
 CARD = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of what the card does
-LAUNCH = ("cuda_runtime", "cuda_driver")  # of the processor's calls: to start that, to wait for it
+LAUNCH = ("cuda_runtime", "cuda_driver")  # of the processor's calls that start it or wait for it
 
 
 @dataclass
@@ -29,12 +29,12 @@ class Section:
 
 @dataclass
 class Kernel:
-    """A piece of work; times in microseconds."""
+    """A piece of work of the card, on a CPU an operation; times in microseconds."""
 
     name: str
     start: float
     end: float
-    own: float
+    own: float  # without what it calls, on a CPU
     launched: float  # when the processor started it
     is_embedding: bool  # whether an operation on the embeddings' gradient started it
 
@@ -105,35 +105,16 @@ def section_at(sections, moment):
     return None
 
 
-def is_on_embeddings(operation, shape):
-    """Whether an operation computes the embeddings' gradient or adds to it: tensors of `shape`."""
-    if operation["name"] == "aten::embedding_dense_backward":
-        return True
-    return list(shape) in operation.get("args", {}).get("Input Dims", [])
-
-
-def kernels_of(events, shape):
-    """The Kernels of a trace, by start; `shape` is that of the embeddings, [V, H]."""
-    operations = [event for event in events if event.get("cat") == "cpu_op"]
-    on_embeddings = [event for event in operations if is_on_embeddings(event, shape)]
-
-    def kernel(event, own, launched, operation):
-        is_embedding = any(begins_within(operation, outer) for outer in on_embeddings)
-        end = event["ts"] + event["dur"]
-        return Kernel(event["name"], event["ts"], end, own, launched, is_embedding)
+def kernels_of_card(events, shape):
+    """The Kernels of a card, by start; `shape` is that of the embeddings, [V, H]."""
+    on_embeddings = operations_on_embeddings(events, shape)
+    operation_of = {}  # by the number that a call to CUDA shares with the operation that makes it
+    for event in events:
+        if event.get("cat") == "cpu_op":
+            operation_of[event.get("args", {}).get("External id")] = event
+    launches = launches_of(events)
 
     kernels = []
-    if not has_card(events):
-        for operation, own in with_own_times(operations):
-            kernels.append(kernel(operation, own, operation["ts"], operation))
-
-    operation_of = {}  # by the number that a call to CUDA shares with the operation that makes it
-    for operation in operations:
-        operation_of[operation.get("args", {}).get("External id")] = operation
-    launches = {}
-    for event in events:
-        if event.get("cat") in LAUNCH:
-            launches[event["args"].get("correlation")] = event
     for event in events:
         if event.get("cat") not in CARD:
             continue
@@ -141,8 +122,58 @@ def kernels_of(events, shape):
         if launch is None:
             continue  # it was started before the profiler was
         operation = operation_of.get(launch["args"].get("External id"), launch)
-        kernels.append(kernel(event, event["dur"], launch["ts"], operation))
+        is_embedding = any(begins_within(operation, outer) for outer in on_embeddings)
+        kernels.append(Kernel(event["name"], event["ts"], event["ts"] + event["dur"], event["dur"],
+                              launch["ts"], is_embedding))  # fmt: skip
     return sorted(kernels, key=lambda kernel: kernel.start)
+
+
+def kernels_of_cpu(events, shape):
+    """The operations of a CPU as Kernels, by start; `shape` is that of the embeddings, [V, H]."""
+    on_embeddings = operations_on_embeddings(events, shape)
+    operations = [event for event in events if event.get("cat") == "cpu_op"]
+    kernels = []
+    for event, own in with_own_times(operations):
+        is_embedding = any(begins_within(event, outer) for outer in on_embeddings)
+        kernels.append(Kernel(event["name"], event["ts"], event["ts"] + event["dur"], own,
+                              event["ts"], is_embedding))  # fmt: skip
+    return sorted(kernels, key=lambda kernel: kernel.start)
+
+
+def operations_on_embeddings(events, shape):
+    """The operations that compute the embeddings' gradient or add to it: tensors of `shape`."""
+    found = []
+    for event in events:
+        if event.get("cat") == "cpu_op":
+            shapes = event.get("args", {}).get("Input Dims", [])
+            if event["name"] == "aten::embedding_dense_backward" or list(shape) in shapes:
+                found.append(event)
+    return found
+
+
+def launches_of(events):
+    """The calls by which the processor starts the card's work, by the number that both share."""
+    launches = {}
+    for event in events:
+        if event.get("cat") in LAUNCH and "correlation" in event.get("args", {}):
+            launches[event["args"]["correlation"]] = event
+    return launches
+
+
+def waits_of(events):
+    """The calls in which the processor waits for the card: to synchronise, or for a copy from it,
+    which into ordinary memory is over when the call is."""
+    waits = []
+    for event in events:
+        if event.get("cat") in LAUNCH and "Synchronize" in event["name"]:
+            waits.append(event)
+    launches = launches_of(events)
+    for event in events:
+        if event.get("cat") == "gpu_memcpy" and "DtoH" in event["name"]:
+            call = launches.get(event["args"].get("correlation"))
+            if call:
+                waits.append(call)
+    return waits
 
 
 def busy_time(kernels):
@@ -158,8 +189,9 @@ def summarize(events, shape):
     """The StepProfile of a trace with labelled sections; `shape` of the embeddings, [V, H]."""
     sections = sections_of(events)
     [whole] = [section for section in sections if section.name == WHOLE]
+    found = kernels_of_card(events, shape) if has_card(events) else kernels_of_cpu(events, shape)
     kernels = []
-    for kernel in kernels_of(events, shape):
+    for kernel in found:
         if whole.start <= kernel.launched < whole.end:
             kernels.append(kernel)
 
@@ -172,11 +204,10 @@ def summarize(events, shape):
     processor, waiting, card = Counter(), Counter(), Counter()
     for section in sections:
         processor[section.name] += section.own / 1000
-    for event in events:
-        if event.get("cat") in LAUNCH and "Synchronize" in event["name"]:
-            section = section_at(sections, event["ts"])
-            if section:
-                waiting[section.name] += event["dur"] / 1000
+    for event in waits_of(events):
+        section = section_at(sections, event["ts"])
+        if section:
+            waiting[section.name] += event["dur"] / 1000
     durations, counts = Counter(), Counter()
     for kernel in kernels:
         name = section_at(sections, kernel.launched).name

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
@@ -63,6 +63,7 @@ def trace():
         *launched("of the step before", 16, 5, call=-10, start=-5, duration=30),
         {"ph": "X", "cat": "cuda_runtime", "name": "cudaStreamSynchronize", "tid": 1, "ts": 820, "dur": 120,
          "args": {}},
+        *launched("Memcpy DtoH (Device -> Pageable)", 20, 99, call=960, start=955, duration=5, category="gpu_memcpy"),
         {"ph": "X", "cat": "kernel", "name": "started by nobody", "tid": 7, "ts": 950, "dur": 9,
          "args": {"correlation": 17}},
         {"ph": "M", "name": "process_name"},
@@ -82,17 +83,17 @@ def test_kernels_belong_to_the_section_in_which_the_processor_started_them(tmp_p
         "tokens to the card": [0.150, 0.0, 0.020],  # processor, of it waiting, card, in ms
         "forward": [0.150, 0.0, 0.100],
         "backward": [0.300, 0.0, 0.305],
-        "the rest": [0.400, 0.120, 0.0],
+        "the rest": [0.400, 0.121, 0.005],  # a call to synchronise, and one for a copy
     }
     assert profile.embedding == pytest.approx(0.100)  # fill, scatter and add
-    assert profile.micro_batches == 1 and profile.count == 7
+    assert profile.micro_batches == 1 and profile.count == 8
 
 
 def test_the_card_is_busy_where_a_kernel_runs_and_no_time_counts_twice(tmp_path, trace):
     profile = profiled(tmp_path, trace)
     assert profile.step == pytest.approx(1.0)
-    # 300 to 420, 600 to 680, 700 to 900, 910 to 920, 930 to 935 µs
-    assert profile.busy == pytest.approx(0.120 + 0.080 + 0.200 + 0.010 + 0.005)
+    # 300 to 420, 600 to 680, 700 to 900, 910 to 920, 930 to 935, 955 to 960 µs
+    assert profile.busy == pytest.approx(0.120 + 0.080 + 0.200 + 0.010 + 0.005 + 0.005)
     assert profile.kernels[0] == ["gemm", pytest.approx(0.300), 2]
 
 
@@ -119,7 +120,9 @@ import json, sys, time
 def tell(result): print("\\n" + MARK + json.dumps(result), flush=True)
 MARK = {mark!r}
 jobs = json.loads(open(sys.argv[1]).read())["jobs"]
-tell("ready")
+if "deaf" in sys.argv[0]:
+    sys.exit(4)
+tell({{"missing": ["x"]}})
 if not sys.stdin.readline():
     sys.exit(5)
 for job in jobs:
@@ -139,11 +142,11 @@ def answers_of(tmp_path, monkeypatch):
     script.write_text(WORKER.format(mark=gpu.MARK), encoding="utf-8")
     monkeypatch.setattr(gpu, "WORKER", script)
 
-    def answers(*what, seconds=60):
+    def answers(*what, seconds=60, missing="x"):
         jobs = [{"do": each} for each in what]
         with open(tmp_path / "log.txt", "w", encoding="utf-8", buffering=1) as log:
             process = gpu.Process("a process", jobs, tmp_path, None, log)
-            assert process.answer(time.monotonic() + 60) == "ready"
+            assert process.wait_for_imports(time.monotonic() + 60) == missing
             found = [answer for _, answer in process.work(time.monotonic() + seconds)]
         assert process.process.poll() is not None  # nothing is left running
         return found
@@ -160,6 +163,14 @@ def test_a_process_that_dies_costs_its_own_jobs_alone(answers_of):
     first, second, third = answers_of("one", "die", "two")
     assert first == {"done": "one"}
     assert "exit status 3" in second["error"] and third["error"].startswith("not begun")
+
+
+def test_a_process_that_dies_while_it_imports_says_so_for_each_of_its_jobs(answers_of, tmp_path, monkeypatch):
+    gpu.WORKER.rename(tmp_path / "deaf.py")
+    monkeypatch.setattr(gpu, "WORKER", tmp_path / "deaf.py")
+    reason = "its process ended with exit status 4, see log.txt"
+    for answer in answers_of("one", "two", missing=reason):
+        assert answer["error"] == f"not begun: before it, {reason}"
 
 
 def test_a_job_that_hangs_is_cut_off(answers_of, monkeypatch):
@@ -189,7 +200,7 @@ def test_each_result_is_on_disk_as_soon_as_it_is_there(options, tmp_path):
     report = gpu.Report(options, time.monotonic())
     jobs = gpu.Planner(options, str(tmp_path)).plan()
     numbers = {"flops": 4e12, "padding": 0.9, "micro_batches": 8.0, "memory": 2**31, "taken": "each once"}
-    report.add("preparation", jobs["preparation"][1], {"rate": 8e12})
+    report.add("preparation", jobs["preparation"][1], {"operations_a_second": 8e12})
     report.add("ours", jobs["ours"][0], {"rate": 30.0, **numbers})
     report.add("plain loop", jobs["plain loop"][1], {"rate": 10.0, **numbers})
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -197,7 +208,44 @@ def test_each_result_is_on_disk_as_soon_as_it_is_there(options, tmp_path):
     report.add("bits", jobs["bits"][0], {"error": "the package x is missing"})
     assert "- bits: the package x is missing" in (tmp_path / "report.md").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [line["answer"].get("rate") for line in lines] == [8e12, 30.0, 10.0, None]
+    assert [line["answer"].get("rate") for line in lines] == [None, 30.0, 10.0, None]
+
+
+def test_the_report_tells_how_long_the_card_is_idle_in_a_step_without_the_profiler(options, tmp_path):
+    report = gpu.Report(options, time.monotonic())
+    jobs = gpu.Planner(options, str(tmp_path)).plan()["profile"]
+    sections = {"forward": [30.0, 4.0, 10.0], "the rest": [50.0, 1.0, 0.0]}
+    for job, busy in zip(jobs, (10.0, 20.0), strict=True):
+        report.add("profile", job, {
+            "seconds": 0.04, "step": 80.0, "busy": busy, "count": 7, "micro_batches": 2, "sections": sections,
+            "embedding": 3.0, "kernels": [["void at::native::fill|x", 5.0, 4]],
+        })  # fmt: skip
+    text = report.path.read_text(encoding="utf-8")
+    assert "| forward | 30.00 | 4.00 | 10.00 | 30.00 | 4.00 | 10.00 |" in text
+    assert "| the whole step | 80.00 | 5.00 | 10.00 | 80.00 | 5.00 | 20.00 |" in text
+    for name, share in (("default", "75%"), ("auto", "50%")):
+        assert f"{name}: 2 micro-batches, 40.0 ms without the profiler (the median of three); " in text
+        assert f"the card is idle for {share} of" in text
+    assert "| `fill/x` | 5.00 | 4 | 50.0% |" in text
+
+
+def test_lengthened_rows_have_512_tokens_also_where_the_query_is_long():
+    import gpu_worker
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    texts = [("问" * 300, "答"), ("问", "一个很长的答案" * 100)]
+    rows = [{"query": query, "content": content, "label": 1} for query, content in texts]
+    found = gpu_worker.lengthened(rows, tokenizer)
+    ids = tokenizer([row["query"] for row in found], [row["content"] for row in found], truncation=True, max_length=512)
+    assert [len(each) for each in ids["input_ids"]] == [512, 512]
+    assert [len(tokenizer(row["content"])["input_ids"]) >= 512 for row in found] == [True, True]
+
+
+def test_results_that_are_there_are_not_written_over(options, tmp_path):
+    (tmp_path / "results.jsonl").write_text("")
+    with pytest.raises(SystemExit):
+        gpu.read_options()
 
 
 def test_the_plan_has_every_contender_at_both_sizes_with_the_same_rows(options, tmp_path):
