@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tiny_reranker")
 sys.path.insert(0, str(ROOT))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's & has it ignored, and children inherit that
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run two at a time
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two processes on two cores would spin against each other
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
