@@ -1,7 +1,9 @@
-"""Fine-tune a BERT-family cross-encoder reranker on (query, content, label) rows; measure whether its ranking rose.
+"""Fine-tune a BERT-family cross-encoder reranker on (query, content, label) rows; measure whether
+its ranking rose.
 
-Edit the `args` dict in main(), at the end, and run the file, or override settings on the command line (`--help`). For
-inference: `from train_bert_rerank import BertRerankerModel`. The code stands in the order in which a run meets it."""
+Edit the `args` dict in main(), at the end, and run the file, or override settings on the command
+line (`--help`). For inference: `from train_bert_rerank import BertRerankerModel`. The code stands
+in the order in which a run meets it."""
 
 # The sections:
 #   Settings          what the user asks for, checked
@@ -70,7 +72,8 @@ IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # torchrun and accelerate 
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: main() prints the message alone and exits with `exit_status`."""
+    """A mistake that the user can mend: main() prints the message alone and exits with
+    `exit_status`."""
 
     def __init__(self, message, exit_status=1):
         super().__init__(message)
@@ -78,7 +81,8 @@ class UserError(Exception):
 
 
 def printable(text):
-    """`text` with what could steer a terminal, or reorder what it shows, as escapes: names come from anywhere."""
+    """`text` with what could steer a terminal, or reorder what it shows, as escapes: names come
+    from anywhere."""
     characters = []
     for character in str(text):
         if character.isprintable() or character == "\n":
@@ -105,7 +109,8 @@ class Setting(NamedTuple):
 
 
 def read_settings():
-    """{key: Setting} from the `args` literal in main(), the only place where defaults and meanings stand."""
+    """{key: Setting} from the `args` literal in main(), the only place where defaults and meanings
+    stand."""
     source = Path(__file__).read_text(encoding="utf-8")
     lines = source.splitlines()
     [function] = [node for node in ast.parse(source).body if getattr(node, "name", None) == "main"]
@@ -119,7 +124,8 @@ def read_settings():
         kinds, meaning = kinds.strip(), meaning.strip()
         if not meaning or not kinds.startswith(("str", "bool", "int", "float", "tuple", '"')):
             raise UserError(
-                f"{key.value} in main() has lost its comment `# kinds: meaning`, which is read too", 2
+                f"{key.value} in main() has lost its comment `# kinds: meaning`, which is read too",
+                2,
             )
         # Evaluated rather than read as a literal: an edited value may be 2 * 256.
         default = eval(compile(ast.Expression(value), __file__, "eval"))
@@ -128,7 +134,8 @@ def read_settings():
 
 
 def fits(value, kind):
-    """Whether `value` is of a kind as main() writes them: str, list, bool, None, "fp16", int 1.., float 0..1."""
+    """Whether `value` is of a kind as main() writes them: str, list, bool, None, "fp16", int 1..,
+    float 0..1."""
     name, _, bounds = kind.partition(" ")
     if name.startswith('"'):
         return value == name.strip('"')
@@ -147,7 +154,8 @@ def fits(value, kind):
 
 
 def is_number_within(value, name, bounds):
-    """Whether `value` is an "int", or a "float" (for which an int does), within bounds as in "1.." or "0..1"."""
+    """Whether `value` is an "int", or a "float" (for which an int does), within bounds as in "1.."
+    or "0..1"."""
     if type(value) is not int and not (type(value) is float and name == "float"):
         return False
     low, _, high = bounds.partition("..")
@@ -155,7 +163,8 @@ def is_number_within(value, name, bounds):
 
 
 def check_settings(args):
-    """`args` with the keys that it leaves out; UserError (exit status 2) for what cannot be meant."""
+    """`args` with the keys that it leaves out; UserError (exit status 2) for what cannot be
+    meant."""
     settings = read_settings()
     defaults = {key: setting.default for key, setting in settings.items()}
     args = {**defaults, **args}
@@ -179,19 +188,22 @@ def check_settings(args):
             )
     if args["resume_from_checkpoint"] and args["overwrite_output_dir"]:
         raise UserError(
-            "resume_from_checkpoint goes on and overwrite_output_dir starts over: set one of them", 2
+            "resume_from_checkpoint goes on and overwrite_output_dir starts over: set one of them",
+            2,
         )
     check_installation(args)
     return args
 
 
 def check_installation(args):
-    """UserError where what the run needs is not installed, or it is launched in a way that it cannot use."""
-    # Processes under FSDP must all do the same forwards: with windows of unequal size they would hang.
+    """UserError where what the run needs is not installed, or it is launched in a way that it
+    cannot use."""
+    # Processes under FSDP must all do the same forwards: with windows of unequal size they would
+    # hang.
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise UserError(
-            "accelerate asks for FSDP, which this script cannot use: launch with torchrun, or --multi_gpu, "
-            "which overrides it; what saves memory: docs/scaling.md",
+            "accelerate asks for FSDP, which this script cannot use: launch with torchrun, or "
+            "--multi_gpu, which overrides it; what saves memory: docs/scaling.md",
             2,
         )
     packages = ["matplotlib"]
@@ -199,7 +211,8 @@ def check_installation(args):
         packages.append(args["log_with"])
     for package in packages:
         specification = importlib.util.find_spec(package)
-        if not getattr(specification, "origin", None):  # a folder of that name, as wandb leaves, has none
+        # A folder of that name, as wandb leaves, has none.
+        if not getattr(specification, "origin", None):
             raise UserError(f"the package {package} is missing: pip install {package}", 2)
 
 
@@ -227,7 +240,8 @@ def parse_command_line(argv):
 
 
 def typed(text, kinds):
-    """What `text` stands for on the command line, if it is of one of the `kinds`, else the text itself."""
+    """What `text` stands for on the command line, if it is of one of the `kinds`, else the text
+    itself."""
     words = {"true": "True", "false": "False", "null": "None"}
     try:
         value = ast.literal_eval(words.get(text, text))
@@ -240,13 +254,15 @@ def typed(text, kinds):
 
 # ---- Reproducibility -----------------------------------------------------------------------------
 def seed_everything(seed: int) -> None:
-    """Seed random, numpy, torch and CUDA and turn on determinism; call it before CUDA starts, for cuBLAS's variable."""
+    """Seed random, numpy, torch and CUDA and turn on determinism; call it before CUDA starts, for
+    cuBLAS's variable."""
     set_seed(seed, deterministic=True)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-    # Deterministic mode would also write NaN into each new tensor, to show reads of what was never written.
+    # Deterministic mode would also write NaN into each new tensor, to show reads of what was never
+    # written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -284,8 +300,8 @@ def supported_precision(mixed_precision, device):
 
 
 # ---- The run folder ------------------------------------------------------------------------------
-# A run writes into output_dir/unfinished_run. Its results are moved up into output_dir when all of them are
-# complete, in this order, so that whoever finds run.json there finds a finished run.
+# A run writes into output_dir/unfinished_run. Its results are moved up into output_dir when all of
+# them are complete, in this order, so that whoever finds run.json there finds a finished run.
 RESULTS = [
     "final_model", "fine_tuned_model", "logs", "loss_curve.png", "score_distribution.png",
     "eval_report.json", "predictions.jsonl", "rows_to_check.jsonl", "run.json",
@@ -296,8 +312,8 @@ CHOICES = (
     "  to start over: the same command with --overwrite_output_dir true "
     "(and without --resume_from_checkpoint)"
 )
-# A resumed run may differ from its checkpoint in what is compared by what it stands for, files and samples of
-# a step …
+# A resumed run may differ from its checkpoint in what is compared by what it stands for, files and
+# samples of a step …
 NAMES = (
     "model_name_or_path", "revision", "trust_remote_code", "train_dataset", "eval_dataset",
     "batch_size", "gradient_accumulation_steps",
@@ -320,7 +336,8 @@ def remove(path):
 def flush_to_disk(*paths):
     """Let files, and the names in folders, survive a power cut."""
     for path in paths:
-        with suppress(PermissionError, FileNotFoundError):  # Windows opens no folder; a log may be gone
+        # Windows opens no folder; a log may be gone.
+        with suppress(PermissionError, FileNotFoundError):
             descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
             os.fsync(descriptor)
             os.close(descriptor)
@@ -328,7 +345,8 @@ def flush_to_disk(*paths):
 
 @contextmanager
 def whole_file(path):
-    """A file to write to under another name, renamed once all of it is on disk: `path` is whole or not there."""
+    """A file to write to under another name, renamed once all of it is on disk: `path` is whole or
+    not there."""
     unfinished = path.with_suffix(f".{platform.node()}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -386,7 +404,8 @@ def require_space(folder, needed, what):
 
 
 def publish(run_dir):
-    """Move the results of a complete run, one with a run.json, up into output_dir, in the place of an earlier one's.
+    """Move the results of a complete run, one with a run.json, up into output_dir, in the place of
+    an earlier one's.
 
     Cut off anywhere, the next call goes on with it: run.json comes last."""
     if (run_dir / "run.json").exists():
@@ -403,7 +422,8 @@ def publish(run_dir):
 
 
 def replace_result(result, published, is_written):
-    """Move a `result` to where it is `published`; remove an earlier run's where this run has not written its own.
+    """Move a `result` to where it is `published`; remove an earlier run's where this run has not
+    written its own.
 
     One that is written but not there any more was moved before a call was cut off."""
     is_there = result.exists()
@@ -412,6 +432,11 @@ def replace_result(result, published, is_written):
         remove(published)
     if is_there:
         result.rename(published)
+
+
+def decisive_settings(args):
+    """The settings that a resumed run has to share with its checkpoint as they stand."""
+    return {key: value for key, value in args.items() if key not in NAMES + NEUTRAL}
 
 
 def changes(before, after):
@@ -446,7 +471,8 @@ def find_ended_run(args, run_dir):
 
 
 def find_checkpoint(args, run_dir):
-    """The folder of the checkpoint to go on from; None to start afresh. UserError where one would be lost."""
+    """The folder of the checkpoint to go on from; None to start afresh. UserError where one would
+    be lost."""
     wanted = args["resume_from_checkpoint"]
     checkpoints = checkpoints_in(run_dir)
     if wanted == "latest":
@@ -473,10 +499,11 @@ ADVICE = (
     'Each line should be a JSON object in UTF-8: {"query": "…", "content": "…", "label": 1}'
 )
 LONGEST_LINE = 16 << 20  # bytes; the tokenizer takes 60 times as much memory and more
-# A row without its texts: number of its file and in its file, line, fingerprints of query and pair, label as it
-# stands there.
+# A row without its texts: number of its file and in its file, line, fingerprints of query and pair,
+# label as it stands there.
 ROW = np.dtype([
-    ("file", "i4"), ("number", "i8"), ("line", "i8"), ("query", "u8"), ("pair", "u8"), ("label", "f8"),
+    ("file", "i4"), ("number", "i8"), ("line", "i8"),
+    ("query", "u8"), ("pair", "u8"), ("label", "f8"),
 ])  # fmt: skip
 # The keys that tell the three shapes of a line apart.
 ONE_ROW = ("content", "label")
@@ -488,15 +515,18 @@ SHOULD_BE_LISTS = (
 
 
 def parse_line(line, min_label, max_label):
-    """The shape and the (query, content, label) rows of a JSONL line; ValueError says what is wrong.
+    """The shape and the (query, content, label) rows of a JSONL line; ValueError says what is
+    wrong.
 
-    The shapes: {"query", "content", "label"} and {"query", "hits": [{"content", "label"}, …]}, RAG-Retrieval's two,
-    and {"query", "pos": […], "neg": […]}, FlagEmbedding's, where "pos_scores" and "neg_scores", if there, are the
-    labels."""
+    The shapes: {"query", "content", "label"} and {"query", "hits": [{"content", "label"}, …]},
+    RAG-Retrieval's two, and {"query", "pos": […], "neg": […]}, FlagEmbedding's, where "pos_scores"
+    and "neg_scores", if there, are the labels."""
     sample = decode_line(line)
     shapes = [keys for keys in (ONE_ROW, TEXT_LISTS, HITS) if not sample.keys().isdisjoint(keys)]
     if len(shapes) > 1:
-        raise ValueError("two shapes at once: keep either content and label, or pos and neg, or hits")
+        raise ValueError(
+            "two shapes at once: keep either content and label, or pos and neg, or hits"
+        )
 
     judged = []  # (content, label)
     if shapes == [TEXT_LISTS]:
@@ -540,7 +570,7 @@ def judged_of_text_lists(sample, min_label, max_label):
             )
         labels = pos_scores + neg_scores
     else:
-        labels = [max_label] * len(pos) + [min_label] * len(neg)
+        labels = [max_label for _ in pos] + [min_label for _ in neg]
     return list(zip(pos + neg, labels, strict=True))
 
 
@@ -607,10 +637,11 @@ def advice_on_conversion(path):
 
 
 def read_rows(path, min_label, max_label, digest=None, parse=parse_line):
-    """Yield (query, content, label, line number) of each row of a JSONL file, plain or gzip, as `parse` has them.
+    """Yield (query, content, label, line number) of each row of a JSONL file, plain or gzip, as
+    `parse` has them.
 
-    UserError after the last line: the first ten bad ones. With `digest` a bar is shown, and all bytes go into the
-    digest."""
+    UserError after the last line: the first ten bad ones. With `digest` a bar is shown, and all
+    bytes go into the digest."""
     bad_lines = BadLines()
     shapes = {}  # how many lines there are of each
     for number, line in read_lines(path, digest):
@@ -634,8 +665,8 @@ def read_rows(path, min_label, max_label, digest=None, parse=parse_line):
 
 
 def read_lines(path, digest):
-    """Yield (number, bytes) of each line that is not blank; UserError where the file cannot be read, or a line is
-    too long to be one."""
+    """Yield (number, bytes) of each line that is not blank; UserError where the file cannot be
+    read, or a line is too long to be one."""
     if os.path.isdir(path):
         raise UserError(
             f"{path}: cannot be read: no regular file: save it as one{advice_on_conversion(path)}"
@@ -677,7 +708,8 @@ def fingerprints(query, content):
 
 
 def load_file(path, file, args):
-    """The rows of a JSONL file as ROW [N] with file number `file`, without their texts, and its SHA-256."""
+    """The rows of a JSONL file as ROW [N] with file number `file`, without their texts, and its
+    SHA-256."""
     digest = hashlib.sha256()
 
     def records():
@@ -699,7 +731,8 @@ def load_file(path, file, args):
 
 
 def load_data(args):
-    """Train rows and eval rows (none: no evaluation) as ROW [N], the paths of their files, and {path: SHA-256}."""
+    """Train rows and eval rows (none: no evaluation) as ROW [N], the paths of their files, and
+    {path: SHA-256}."""
     train_paths = args["train_dataset"]
     if isinstance(train_paths, str):
         train_paths = [train_paths]
@@ -714,8 +747,12 @@ def load_data(args):
             paths = []
         paths.append(eval_path)
 
-    files, sha256 = zip(*(load_file(path, file, args) for file, path in enumerate(paths)), strict=True)
-    rows = np.concatenate(files)
+    rows_of_files, sha256 = [], []
+    for file, path in enumerate(paths):
+        rows, digest = load_file(path, file, args)
+        rows_of_files.append(rows)
+        sha256.append(digest)
+    rows = np.concatenate(rows_of_files)
     if is_eval_file:
         is_eval = rows["file"] == len(paths) - 1
         source = f"of {eval_path}"
@@ -734,7 +771,8 @@ def load_data(args):
 
 
 def eval_file_beside(train_dataset):
-    """The file beside `train_dataset` that is named alike, with "eval" for "train"; None where there is none."""
+    """The file beside `train_dataset` that is named alike, with "eval" for "train"; None where
+    there is none."""
     if not isinstance(train_dataset, str):
         return None
     folder, name = os.path.split(train_dataset)
@@ -745,7 +783,8 @@ def eval_file_beside(train_dataset):
 
 
 def is_held_out(rows, args):
-    """Which rows [N] belong to the queries, eval_proportion of all, that are drawn to be evaluated on."""
+    """Which rows [N] belong to the queries, eval_proportion of all, that are drawn to be evaluated
+    on."""
     queries, first = np.unique(rows["query"], return_index=True)
     in_order_of_file = list(queries[first.argsort()])
     count = math.ceil(len(queries) * args["eval_proportion"])
@@ -755,7 +794,8 @@ def is_held_out(rows, args):
 
 
 def check_rows(train_rows, eval_rows, middle):
-    """Warn, with counts, of what is allowed in data but seldom meant; labels from `middle` on are relevant."""
+    """Warn, with counts, of what is allowed in data but seldom meant; labels from `middle` on are
+    relevant."""
     rows = train_rows[np.lexsort((train_rows["label"], train_rows["pair"]))]
     is_same_pair = rows["pair"][1:] == rows["pair"][:-1]  # as the row before
     is_same_label = rows["label"][1:] == rows["label"][:-1]
@@ -784,7 +824,8 @@ MICRO_BATCH_COST = {"cpu": 16, "cuda": 256, "mps": 256}  # of one more micro-bat
 
 
 def first_token_attention(self, hidden_states, attention_mask=None, *_, **__):
-    """The forward of transformers' BertAttention and its likes, for the first token alone: [B, T, H] to [B, 1, H]."""
+    """The forward of transformers' BertAttention and its likes, for the first token alone: [B, T,
+    H] to [B, 1, H]."""
     attention = self.self
 
     def heads_of(layer, states):  # [B, T, H] to [B, heads, T, H / heads]
@@ -804,7 +845,8 @@ def first_token_attention(self, hidden_states, attention_mask=None, *_, **__):
 
 
 def first_token_only(model):
-    """Let the last layer of `model` compute only the first token, all that the heads of these architectures read."""
+    """Let the last layer of `model` compute only the first token, all that the heads of these
+    architectures read."""
     config = model.config
     if config.model_type not in ("bert", "roberta", "xlm-roberta") or config.is_decoder:
         return
@@ -828,7 +870,8 @@ def load_pretrained(name, revision, trust_remote_code, local_files_only):
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise OSError("the files of its tokenizer are missing")
 
-    # With peft installed transformers looks for an adapter too, and 5.x asks the hub for it unless told.
+    # With peft installed transformers looks for an adapter too, and 5.x asks the hub for it unless
+    # told.
     adapter = {}
     if not version("transformers").startswith("4."):
         adapter = {"local_files_only": local_files_only}
@@ -862,7 +905,8 @@ def require_on_hub(name, revision):
 
 
 def find_and_load(name, revision, trust_remote_code):
-    """load_pretrained() from a folder, else a complete local cache, which asks no network, else the hub."""
+    """load_pretrained() from a folder, else a complete local cache, which asks no network, else the
+    hub."""
     load = partial(load_pretrained, name, revision, trust_remote_code)
     try:
         return load(local_files_only=True)
@@ -874,10 +918,12 @@ def find_and_load(name, revision, trust_remote_code):
 
 
 def require_cross_encoder(name, model, tokenizer):
-    """UserError where `model` is of a kind that cannot be used here, or the tokenizer is another model's."""
+    """UserError where `model` is of a kind that cannot be used here, or the tokenizer is another
+    model's."""
     if model.config.is_encoder_decoder or not tokenizer.is_fast:
         raise UserError(
-            f"{name} is no BERT-family encoder with a fast tokenizer, but {model.config.model_type}."
+            f"{name} is no BERT-family encoder with a fast tokenizer, "
+            f"but {model.config.model_type}."
         )
     embeddings = model.get_input_embeddings().num_embeddings
     if tokenizer.pad_token_id is None or len(tokenizer) > embeddings:
@@ -887,7 +933,8 @@ def require_cross_encoder(name, model, tokenizer):
 
 
 def weights_drawn_at_random(name, model, info):
-    """Names of the weights that the checkpoint lacks; UserError where some are the encoder's own."""
+    """Names of the weights that the checkpoint lacks; UserError where some are the encoder's
+    own."""
     names = list(info["missing_keys"])
     for key in info["mismatched_keys"]:  # transformers 4: (name, shape, shape)
         names.append(key if isinstance(key, str) else key[0])
@@ -906,9 +953,10 @@ def weights_drawn_at_random(name, model, info):
 class BertRerankerModel(torch.nn.Module):
     """A cross-encoder with one logit per (query, document) pair, and its tokenizer.
 
-    `new_weights` names what the checkpoint lacked (a plain encoder's head) and torch's random generator filled in.
-    An encoded pair is (ids, boundary, cut): int32 token ids with special tokens, how many lie in the first segment,
-    and whether nothing (0), the document (1) or the query as well (2) was cut."""
+    `new_weights` names what the checkpoint lacked (a plain encoder's head) and torch's random
+    generator filled in. An encoded pair is (ids, boundary, cut): int32 token ids with special
+    tokens, how many lie in the first segment, and whether nothing (0), the document (1) or the
+    query as well (2) was cut."""
 
     def __init__(self, model, tokenizer, new_weights=()):
         super().__init__()
@@ -921,32 +969,38 @@ class BertRerankerModel(torch.nn.Module):
     def from_pretrained(
         cls, model_name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
     ):
-        """Load as fp32 from a folder, else a complete local cache, else the hub; UserError where none has the model."""
+        """Load as fp32 from a folder, else a complete local cache, else the hub; UserError where
+        none has the model."""
         name = model_name_or_path
         try:
             model, tokenizer, info = find_and_load(name, revision, trust_remote_code)
         except UserError:
             raise
-        except Exception as error:  # the loaders raise a dozen types for files that are not what they expect
+        # The loaders raise a dozen types for files that are not what they expect.
+        except Exception as error:
             reason = f"{type(error).__name__}: {str(error)[:500]}"
             raise UserError(f"cannot load {name}: {reason}") from error
 
         require_cross_encoder(name, model, tokenizer)
         new_weights = weights_drawn_at_random(name, model, info)
-        return cls(model.float(), tokenizer, new_weights)  # a checkpoint in fp16 is trained in fp32 too
+        # A checkpoint in fp16 is trained in fp32 too.
+        return cls(model.float(), tokenizer, new_weights)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model (safetensors) and tokenizer as transformers does; the inverse of from_pretrained."""
+        """Write model (safetensors) and tokenizer as transformers does; the inverse of
+        from_pretrained."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        # transformers 5 names the tokenizer's class in a way that servers with transformers 4 do not know.
+        # transformers 5 names the tokenizer's class in a way that servers with transformers 4 do
+        # not know.
         path = Path(folder, "tokenizer_config.json")
         config = path.read_text("utf-8")
         path.write_text(config.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), "utf-8")
 
     @property
     def max_len(self) -> int:
-        """Tokens that a pair may have, special tokens included (of XLM-R's 514 positions 512 are usable)."""
+        """Tokens that a pair may have, special tokens included (of XLM-R's 514 positions 512 are
+        usable)."""
         limit = min(int(self.tokenizer.model_max_length), 10**9)
         for name, module in self.model.named_modules():
             if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
@@ -968,8 +1022,9 @@ class BertRerankerModel(torch.nn.Module):
         return self.tokenizer.backend_tokenizer
 
     def encode(self, pairs, max_len):
-        """Yield an encoded pair of at most `max_len` tokens for each (query, document) pair. The document is cut; a
-        query only where it leaves no room, down to room for one token of the document."""
+        """Yield an encoded pair of at most `max_len` tokens for each (query, document) pair. The
+        document is cut; a query only where it leaves no room, down to room for one token of the
+        document."""
         tokenizer = self.plain_tokenizer
         tokens_of = partial(tokenizer.encode_batch_fast, add_special_tokens=False)
         room = max_len - tokenizer.num_special_tokens_to_add(is_pair=True)
@@ -1001,18 +1056,21 @@ class BertRerankerModel(torch.nn.Module):
         return batch
 
     def preprocess(self, pairs: Sequence, max_len: int = 512) -> dict[str, torch.Tensor]:
-        """Tokenise and pad B (query, document) pairs: a dict of tensors [B, T] with T at most `max_len`."""
+        """Tokenise and pad B (query, document) pairs: a dict of tensors [B, T] with T at most
+        `max_len`."""
         return self.collate(list(self.encode(pairs, max_len)))
 
     def to_device(self, tensor):
-        """`tensor` on the model's device; a GPU gets it without waiting: it computes while the next batch is made."""
+        """`tensor` on the model's device; a GPU gets it without waiting: it computes while the next
+        batch is made."""
         device = self.model.device
         if device.type == "cuda" and not tensor.is_cuda:
             return tensor.pin_memory().to(device, non_blocking=True)
         return tensor.to(device)
 
     def forward(self, batch: dict[str, torch.Tensor], labels: torch.Tensor | None = None) -> dict:
-        """Return {"logits": [B, 1], "loss": mean BCE with logits against `labels` [B] in [0, 1], or None}."""
+        """Return {"logits": [B, 1], "loss": mean BCE with logits against `labels` [B] in [0, 1], or
+        None}."""
         batch = {name: self.to_device(tensor) for name, tensor in batch.items()}
         logits = self.model(**batch).logits.float()
         loss = None
@@ -1022,7 +1080,8 @@ class BertRerankerModel(torch.nn.Module):
         return {"logits": logits, "loss": loss}
 
     def scoring_batches(self, encoded, max_tokens):
-        """The micro-batches, index arrays into N encoded pairs, of at most `max_tokens` padded tokens each."""
+        """The micro-batches, index arrays into N encoded pairs, of at most `max_tokens` padded
+        tokens each."""
         lengths = np.array([len(ids) for ids, *_ in encoded], dtype=np.int64)
         [micro_batches] = plan_window(lengths, max_tokens, MICRO_BATCH_COST[self.model.device.type])
         return micro_batches
@@ -1038,7 +1097,8 @@ class BertRerankerModel(torch.nn.Module):
             yield self(batch)["logits"].squeeze(-1)
 
     def score(self, encoded, max_tokens, show_progress_bar=None):
-        """Logits [N] in fp32 of N encoded pairs, in micro-batches of at most `max_tokens` padded tokens."""
+        """Logits [N] in fp32 of N encoded pairs, in micro-batches of at most `max_tokens` padded
+        tokens."""
         micro_batches = self.scoring_batches(encoded, max_tokens)
         parts = list(self.score_batches(encoded, micro_batches, show_progress_bar))
         return in_order_of_rows(len(encoded), micro_batches, parts, self.model.device)
@@ -1052,9 +1112,11 @@ class BertRerankerModel(torch.nn.Module):
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
     ):
-        """Scores [N] of N (query, document) pairs, or of one: arguments and results as in CrossEncoder.predict.
+        """Scores [N] of N (query, document) pairs, or of one: arguments and results as in
+        CrossEncoder.predict.
 
-        `activation_fn` None is the sigmoid; pairs of over `self.max_len` tokens lose the end of their document."""
+        `activation_fn` None is the sigmoid; pairs of over `self.max_len` tokens lose the end of
+        their document."""
         is_single = len(inputs) > 0 and isinstance(inputs[0], str)
         pairs = [inputs] if is_single else inputs
         encoded = list(self.encode(pairs, self.max_len))
@@ -1091,14 +1153,15 @@ class BertRerankerModel(torch.nn.Module):
 
 
 def cut_to(room, query, document):
-    """Cut a pair of tokenizers.Encoding to `room` tokens, in place: 0 where it fits, 1 where the document is cut, 2
-    where the query is too."""
+    """Cut a pair of tokenizers.Encoding to `room` tokens, in place: 0 where it fits, 1 where the
+    document is cut, 2 where the query is too."""
     if len(query) + len(document) <= room:
         return 0
     cut = 2 if len(query) >= room else 1
     query.truncate(room - 1)
-    # An Encoding keeps what its last cut took off, in pieces as long as what stays, and post_process() works on each
-    # of them. A long document, of which few tokens stay, is cut in steps, the last of which takes one token off.
+    # An Encoding keeps what its last cut took off, in pieces as long as what stays, and
+    # post_process() works on each of them. A long document, of which few tokens stay, is cut in
+    # steps, the last of which takes one token off.
     left = room - len(query)
     for length in (left + room, left + 1, left):
         document.truncate(length)
@@ -1113,12 +1176,31 @@ def in_order_of_rows(count, micro_batches, parts, device):
     return logits
 
 
+def trained_weights(model):
+    """{name: weight} of the weights that are trained, as tensors without a gradient that share
+    their memory."""
+    weights = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            weights[name] = weight.detach()
+    return weights
+
+
+def bytes_of(weights):
+    return sum(weight.nbytes for weight in weights)
+
+
+def has_finite_weights(model):
+    return all(weight.isfinite().all() for weight in model.parameters())
+
+
 # ---- Tokenised data ------------------------------------------------------------------------------
 class RerankDataset:
     """N rows: a sequence of encoded pairs, with `labels` [N] in [0, 1] and `lengths` [N] in tokens.
 
-    The token ids of all rows stand one after the other in an int32 file, `cache`, then their lengths, boundaries,
-    cuts. It is mapped into memory, so that the processes of a machine share it, and named by all that it depends on."""
+    The token ids of all rows stand one after the other in an int32 file, `cache`, then their
+    lengths, boundaries, cuts. It is mapped into memory, so that the processes of a machine share
+    it, and named by all that it depends on."""
 
     def __init__(self, rows, paths, name, model, args):
         self.rows = rows
@@ -1137,8 +1219,8 @@ class RerankDataset:
         if cuts.any():
             truncated = cuts > 0
             say(
-                f"Warning: max_len truncates {truncated.sum()} {name} pairs ({truncated.mean():.2%}), "
-                f"in {(cuts > 1).sum()} the query too."
+                f"Warning: max_len truncates {truncated.sum()} {name} pairs "
+                f"({truncated.mean():.2%}), in {(cuts > 1).sum()} the query too."
             )
 
     def cache_file(self, model):
@@ -1156,7 +1238,8 @@ class RerankDataset:
     def tokenize(self, name, model):
         """Write the cache file."""
         count = len(self.rows)
-        # Lengths, boundaries, cuts; a column more than rows, since an empty file could not be mapped.
+        # Lengths, boundaries, cuts; a column more than rows, since an empty file could not be
+        # mapped.
         columns = np.zeros((3, count + 1), dtype=np.int32)
         encoded = tqdm(
             model.encode(self.pairs(), self.args["max_len"]),
@@ -1171,7 +1254,8 @@ class RerankDataset:
             file.write(columns)
 
     def pairs(self, chosen=slice(None)):
-        """Yield the texts (query, content) of the rows `chosen` (ascending), read anew; UserError if they changed."""
+        """Yield the texts (query, content) of the rows `chosen` (ascending), read anew; UserError
+        if they changed."""
         rows = self.rows[chosen]
         low, high = self.args["min_label"], self.args["max_label"]
         for file in np.unique(rows["file"]):
@@ -1202,10 +1286,12 @@ class RerankDataset:
 
 
 # ---- Windows -------------------------------------------------------------------------------------
-# A window holds the samples of one optimizer step. Inside it their order does not matter to the gradient, so they
-# are sorted by length and cut into micro-batches, each padded to its longest, that waste little on padding.
+# A window holds the samples of one optimizer step. Inside it their order does not matter to the
+# gradient, so they are sorted by length and cut into micro-batches, each padded to its longest,
+# that waste little on padding.
 def epoch_windows(count, samples_per_step, generator):
-    """An epoch's windows, each the row numbers of an optimizer step: a new random permutation of `count`, in pieces."""
+    """An epoch's windows, each the row numbers of an optimizer step: a new random permutation of
+    `count`, in pieces."""
     permutation = torch.randperm(count, generator=generator)
     return [window.numpy() for window in permutation.split(min(count, samples_per_step))]
 
@@ -1219,18 +1305,22 @@ class Cut(NamedTuple):
 
 
 def cut_window(lengths, max_tokens, batch_cost):
-    """Cut ascending `lengths` into micro-batches of at most `max_tokens` padded tokens each, at least total cost.
+    """Cut ascending `lengths` into micro-batches of at most `max_tokens` padded tokens each, at
+    least total cost.
 
-    A micro-batch costs its padded tokens plus `batch_cost`; a sample longer than the bound stands alone. Of lengths
-    3, 5 and 9 with a bound of 20 and a cost of 4 for each micro-batch: {3, 5, 9} would take 27 tokens and is too
-    large, {3} {5, 9} costs 3 + 4 + 18 + 4 = 29, and {3, 5} {9} costs 10 + 4 + 9 + 4 = 27, which is the best.
+    A micro-batch costs its padded tokens plus `batch_cost`; a sample longer than the bound stands
+    alone. Of lengths 3, 5 and 9 with a bound of 20 and a cost of 4 for each micro-batch: {3, 5, 9}
+    would take 27 tokens and is too large, {3} {5, 9} costs 3 + 4 + 18 + 4 = 29, and {3, 5} {9}
+    costs 10 + 4 + 9 + 4 = 27, which is the best.
 
-    One of the best ways to group samples has contiguous runs of sorted lengths. So the best cut of the first `end`
-    samples is, for some `start`, that of the first `start` and one more micro-batch: dynamic programming."""
+    One of the best ways to group samples has contiguous runs of sorted lengths. So the best cut of
+    the first `end` samples is, for some `start`, that of the first `start` and one more
+    micro-batch: dynamic programming."""
     count = len(lengths)
     positions = np.arange(count + 1)
     least = np.zeros(count + 1, dtype=np.int64)  # least[end]: cost of the best cut of lengths[:end]
-    best_start = np.zeros(count + 1, dtype=np.int64)  # where the last micro-batch of that cut begins
+    # Where the last micro-batch of that cut begins.
+    best_start = np.zeros(count + 1, dtype=np.int64)
     for end, longest in enumerate(lengths.tolist(), start=1):
         most_samples = max(1, max_tokens // longest)
         first = max(0, end - most_samples)
@@ -1250,18 +1340,19 @@ def cut_window(lengths, max_tokens, batch_cost):
 
 
 def plan_window(lengths, max_tokens, batch_cost, num_processes=1):
-    """Each process's micro-batches (index arrays into `lengths`), so that the slowest is as fast as may be.
+    """Each process's micro-batches (index arrays into `lengths`), so that the slowest is as fast as
+    may be.
 
-    The best of cuts under smaller and smaller bounds, each dealt out costliest first, to the least loaded process
-    (Graham's LPT rule): one cut into two micro-batches of 600 and 200 tokens keeps two processes busy for 600; a
-    smaller bound may give 300, 300 and 200, which takes 500."""
+    The best of cuts under smaller and smaller bounds, each dealt out costliest first, to the least
+    loaded process (Graham's LPT rule): one cut into two micro-batches of 600 and 200 tokens keeps
+    two processes busy for 600; a smaller bound may give 300, 300 and 200, which takes 500."""
     order = np.argsort(lengths, kind="stable")
     lengths = lengths[order]
     bound = max_tokens
     best_deal = None
     best_load = math.inf
     while True:
-        loads = [0] * num_processes
+        loads = [0 for _ in range(num_processes)]
         deal = [[] for _ in range(num_processes)]
         for cut in sorted(cut_window(lengths, bound, batch_cost), reverse=True):
             process = loads.index(min(loads))
@@ -1271,7 +1362,8 @@ def plan_window(lengths, max_tokens, batch_cost, num_processes=1):
             best_load = max(loads)
             best_deal = deal
 
-        # Balanced to 2 %, or as fine as the longest sample allows: smaller micro-batches would only add cost.
+        # Balanced to 2 %, or as fine as the longest sample allows: smaller micro-batches would only
+        # add cost.
         is_balanced = max(loads) * num_processes <= 1.02 * sum(loads)
         if is_balanced or bound <= lengths[-1]:
             return best_deal
@@ -1282,17 +1374,17 @@ def plan_window(lengths, max_tokens, batch_cost, num_processes=1):
 def tie_groups(scores):
     """Group [N] of each score, 0 for the best, and the sizes of the groups [G].
 
-    Scores that differ by rounding only are ties, and metrics give them what random order gives on average (McSherry
-    and Najork 2008). Three documents tie for places 2 to 4, one of them relevant: it stands at each of these places as
-    often, so that its expected discount is the mean of those of places 2, 3 and 4, and its expected reciprocal rank
-    (1/2 + 1/3 + 1/4) / 3."""
+    Scores that differ by rounding only are ties, and metrics give them what random order gives on
+    average (McSherry and Najork 2008). Three documents tie for places 2 to 4, one of them relevant:
+    it stands at each of these places as often, so that its expected discount is the mean of those
+    of places 2, 3 and 4, and its expected reciprocal rank (1/2 + 1/3 + 1/4) / 3."""
     tolerance = 1e-6 * max(10.0, np.abs(scores).max())
     order = np.argsort(-scores)
     falling = scores[order]
     is_first = np.append(True, falling[:-1] - falling[1:] > tolerance)  # of its group
 
-    # Scores that lie dense, each within the tolerance of the next, are no endless tie: a group is cut again where it
-    # reaches 10 tolerances below its first score, 20, and so on.
+    # Scores that lie dense, each within the tolerance of the next, are no endless tie: a group is
+    # cut again where it reaches 10 tolerances below its first score, 20, and so on.
     group_of_place = np.cumsum(is_first) - 1
     below_first = falling[is_first][group_of_place] - falling
     is_first |= np.diff(np.floor(below_first / (10 * tolerance)), prepend=0) != 0
@@ -1322,8 +1414,9 @@ def mrr_at_k(labels, scores, k=10):
     size = sizes[first_group]
     hits = relevant[group == first_group].sum()
 
-    # In random order the first of `hits` relevant rows among `size` stands at `place` in comb(size - place, hits - 1)
-    # of comb(size, hits) cases: the others stand behind it. Of 2 among 3: place 1 in 2 cases of 3, place 2 in 1.
+    # In random order the first of `hits` relevant rows among `size` stands at `place` in comb(size
+    # - place, hits - 1) of comb(size, hits) cases: the others stand behind it. Of 2 among 3: place
+    # 1 in 2 cases of 3, place 2 in 1.
     mean = 0
     last_place = min(size - hits + 1, k - above)
     for place in range(1, last_place + 1):
@@ -1333,7 +1426,8 @@ def mrr_at_k(labels, scores, k=10):
 
 
 def average_precision(labels, scores):
-    """Mean precision at the rows with a label ≥ 0.5: of one query's rows, for MAP, or of all pairs. 0 without any."""
+    """Mean precision at the rows with a label ≥ 0.5: of one query's rows, for MAP, or of all pairs.
+    0 without any."""
     group, sizes = tie_groups(scores)
     hits = np.bincount(group, labels >= 0.5)  # relevant rows of each group
     hits_above = np.cumsum(hits) - hits
@@ -1344,17 +1438,20 @@ def average_precision(labels, scores):
     group_of_place = np.sort(group)
     before = places - 1 - rows_above[group_of_place]
 
-    # A relevant row at a place has above it the hits of the groups above, itself, and of the rows of its group that
-    # stand before it the share that is relevant among the others. Of 3 tied rows, 2 relevant, at place 3: 0 + 1 + 1.
+    # A relevant row at a place has above it the hits of the groups above, itself, and of the rows
+    # of its group that stand before it the share that is relevant among the others. Of 3 tied rows,
+    # 2 relevant, at place 3: 0 + 1 + 1.
     other_hits = hits[group_of_place] - 1
     other_rows = np.maximum(sizes[group_of_place] - 1, 1)
     hits_at_place = hits_above[group_of_place] + 1 + before * other_hits / other_rows
-    is_relevant = (hits / sizes)[group_of_place]  # probability that a relevant row stands at the place
+    # Probability that a relevant row stands at the place.
+    is_relevant = (hits / sizes)[group_of_place]
     return is_relevant @ (hits_at_place / places) / max(hits.sum(), 1)
 
 
 def best_f1(labels, scores):
-    """Highest F1 of 'relevant from a threshold on' over all pairs, and that threshold, as a score."""
+    """Highest F1 of 'relevant from a threshold on' over all pairs, and that threshold, as a
+    score."""
     group, sizes = tie_groups(scores)
     hits = np.cumsum(np.bincount(group, labels >= 0.5))  # among the rows down to each group
     f1 = 2 * hits / (np.cumsum(sizes) + max(hits[-1], 1))
@@ -1376,8 +1473,9 @@ METRICS = (*RANKING, "average_precision", "best_f1")  # the last two are of all 
 
 
 def candidate_lists(queries, labels):
-    """{metric: the candidate lists (row numbers [C] of a query) that say something of it}: those with different labels
-    for NDCG, with relevant and irrelevant rows for the other metrics of a ranking, all for average precision."""
+    """{metric: the candidate lists (row numbers [C] of a query) that say something of it}: those
+    with different labels for NDCG, with relevant and irrelevant rows for the other metrics of a
+    ranking, all for average precision."""
     rows_of_query = {}
     for index, query in enumerate(queries):
         rows_of_query.setdefault(query, []).append(index)
@@ -1398,8 +1496,9 @@ def candidate_lists(queries, labels):
 
 
 def metric_values(metric, lists, labels, scores):
-    """Values [V] whose mean is the metric, as differences and their interval are made of: of a metric of a ranking one
-    of each list; of average precision over pairs, which is no mean, pseudo-values of a jackknife (Tukey 1958)."""
+    """Values [V] whose mean is the metric, as differences and their interval are made of: of a
+    metric of a ranking one of each list; of average precision over pairs, which is no mean,
+    pseudo-values of a jackknife (Tukey 1958)."""
     if metric in RANKING:
         function = RANKING[metric]
         return np.array([function(labels[rows], scores[rows]) for rows in lists])
@@ -1407,11 +1506,13 @@ def metric_values(metric, lists, labels, scores):
 
 
 def jackknife_values(lists, labels, scores):
-    """Pseudo-values [V] of the average precision of all pairs, one of each of up to V = 100 groups of queries.
+    """Pseudo-values [V] of the average precision of all pairs, one of each of up to V = 100 groups
+    of queries.
 
-    A group's is what leaving it out takes away: of 10 groups with an average precision of 0.80 in all, one without
-    which it is 0.79 counts 0.80 + 9 · (0.795 - 0.79) = 0.845 where the mean of the ten such rests is 0.795. Their mean
-    is 0.80, and their spread is that of average precision from sample to sample of queries."""
+    A group's is what leaving it out takes away: of 10 groups with an average precision of 0.80 in
+    all, one without which it is 0.79 counts 0.80 + 9 · (0.795 - 0.79) = 0.845 where the mean of the
+    ten such rests is 0.795. Their mean is 0.80, and their spread is that of average precision from
+    sample to sample of queries."""
     groups = [np.concatenate(lists[first::100]) for first in range(min(100, len(lists)))]
     rests = [0]
     if len(groups) > 1:
@@ -1423,8 +1524,9 @@ def jackknife_values(lists, labels, scores):
 
 
 def measure(lists, labels, scores):
-    """All metrics, and the health of the probabilities: "spread", highest less lowest of a query, on average; share
-    "saturated", < 0.01 or > 0.99; means of "relevant" and "irrelevant" rows. None where no rows say anything."""
+    """All metrics, and the health of the probabilities: "spread", highest less lowest of a query,
+    on average; share "saturated", < 0.01 or > 0.99; means of "relevant" and "irrelevant" rows. None
+    where no rows say anything."""
     metrics = {}
     for metric in RANKING:
         metrics[metric] = mean_or_none(metric_values(metric, lists[metric], labels, scores))
@@ -1469,8 +1571,9 @@ class StopRequest:
         return self.arrivals[0][0] if self.arrivals else signal.SIGTERM
 
     def note(self, number, _frame):
-        """Handle a signal: note it. One over 5 s after the first ends the process at once, as it would outside of
-        training; one before is what launchers pass on of what may have arrived already."""
+        """Handle a signal: note it. One over 5 s after the first ends the process at once, as it
+        would outside of training; one before is what launchers pass on of what may have arrived
+        already."""
         now = time.monotonic()
         self.arrivals.append((number, now))
         _, first_time = self.arrivals[0]
@@ -1480,12 +1583,14 @@ class StopRequest:
 
     @contextmanager
     def noted(self):
-        """Within it signals are noted. In a thread of a user's own nothing is: Python gives them to the main one."""
+        """Within it signals are noted. In a thread of a user's own nothing is: Python gives them to
+        the main one."""
         handlers_before = {}
         if threading.current_thread() is threading.main_thread():
             for name in self.SIGNALS:
                 number = getattr(signal, name, None)
-                if number is None or signal.getsignal(number) == signal.SIG_IGN:  # nohup, a script's &
+                # Nohup, a script's &.
+                if number is None or signal.getsignal(number) == signal.SIG_IGN:
                     continue
                 handlers_before[number] = signal.signal(number, self.note)
         try:
@@ -1520,18 +1625,21 @@ class Progress:
 
     run_id: str  # wandb's
     max_tokens: int  # bound of a micro-batch; out-of-memory lowers it
-    row_sums: torch.Tensor  # [N, 2] of each train row: sum of its probabilities × 2^30, and how often it was seen
+    # [N, 2] of each train row: sum of its probabilities × 2^30, and how often it was seen.
+    row_sums: torch.Tensor
     step: int = 0  # the last that was done
     best_step: int = 0  # of the best evaluation since training began
     bad_steps: int = 0  # in a row, up to now, that were not applied
     overflows: int = 0  # steps that the fp16 scaler left out
-    history: list = field(default_factory=list)  # (step, epoch, loss, lr, gradient norm) of each step
+    # (step, epoch, loss, lr, gradient norm) of each step.
+    history: list = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)  # the base first
 
 
 @dataclass
 class Checkpoint:
-    """What save_checkpoint() wrote: plain dicts and tensors, which are read without running code."""
+    """What save_checkpoint() wrote: plain dicts and tensors, which are read without running
+    code."""
 
     folder: Path
     args: dict
@@ -1562,9 +1670,12 @@ class Run:
     progress: Progress
     checkpoint: Checkpoint | None = None  # to go on from, until its weights are in the model
     stop: StopRequest = field(default_factory=StopRequest)
-    shifted_bias: dict = field(default_factory=dict)  # {name: the base's}, where fit_bias() shifted it
-    base_weights: dict | None = None  # {name: trained weight} in host memory; None: the last weights are kept
+    # {name: the base's}, where fit_bias() shifted it.
+    shifted_bias: dict = field(default_factory=dict)
+    # {name: trained weight} in host memory; None: the last weights are kept.
+    base_weights: dict | None = None
     best_weights: dict | None = None
+    owes_checkpoint: bool = False  # one is due, once a step is good
 
     @property
     def samples_per_step(self):
@@ -1592,13 +1703,16 @@ def any_process(accelerator, is_so):
 
 
 # ---- Preparation ---------------------------------------------------------------------------------
-MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 4096}  # micro_batch_tokens "auto" without a memory of the device's own
+# Micro_batch_tokens "auto" without a memory of the device's own.
+MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 4096}
 
 
 def start_processes():
     """Let accelerate find the processes and the device of this run."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier train(), as in a notebook
-    is_cpu = not torch.accelerator.is_available()  # unless told, accelerate overlooks the other CPU processes
+    # Of an earlier train(), as in a notebook.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    # Unless told, accelerate overlooks the other CPU processes.
+    is_cpu = not torch.accelerator.is_available()
     one_day = timedelta(days=1)  # others wait while one tokenises or saves
     PartialState(cpu=is_cpu, timeout=one_day)
 
@@ -1612,7 +1726,8 @@ def mention_idle_gpus():
 
 
 def prepare(args, run_dir, checkpoint_folder):
-    """What comes before the first evaluation: the Run, with `progress` at the checkpoint's if there is one."""
+    """What comes before the first evaluation: the Run, with `progress` at the checkpoint's if there
+    is one."""
     mention_idle_gpus()
     train_rows, eval_rows, paths, data_sha256 = load_data(args)
     check_rows(train_rows, eval_rows, (args["min_label"] + args["max_label"]) / 2)
@@ -1623,7 +1738,8 @@ def prepare(args, run_dir, checkpoint_folder):
     if checkpoint_folder:
         checkpoint = load_checkpoint(checkpoint_folder, args, identity, record)
 
-    with PartialState().local_main_process_first():  # it writes the token ids that the others then find
+    # It writes the token ids that the others then find.
+    with PartialState().local_main_process_first():
         train_data = RerankDataset(train_rows, paths, "train", model, args)
         eval_data = RerankDataset(eval_rows, paths, "eval", model, args)
     record["language"] = language_of(query for query, _ in islice(train_data.pairs(), 500))
@@ -1637,14 +1753,7 @@ def prepare(args, run_dir, checkpoint_folder):
         remove_stale_caches(train_data.cache, eval_data.cache)
         claim_run_folder(run_dir, checkpoint, args)
         require_space_for_run(run_dir, model, args)
-    accelerator = Accelerator(
-        cpu=PartialState().device.type == "cpu",
-        mixed_precision=record["precision"],
-        log_with=args["log_with"] if args["epochs"] else None,
-        project_dir=run_dir / "logs",
-        # Buffers, position ids and the like, are constants.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    accelerator = make_accelerator(args, run_dir, record["precision"])
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, args))
 
     run = Run(
@@ -1691,8 +1800,8 @@ def load_base(args):
     for key in ("query_format", "document_format"):
         if args[key] != "{}":
             config.update({key: args[key]})
-    # Pipelines and CrossEncoder apply the sigmoid to a logit where the config says so, in a word of today; one of
-    # yesterday would go before it.
+    # Pipelines and CrossEncoder apply the sigmoid to a logit where the config says so, in a word of
+    # today; one of yesterday would go before it.
     vars(config).pop("sbert_ce_default_activation_function", None)
     activation = {"activation_fn": "torch.nn.Sigmoid"}
     config.update({"problem_type": None, "sentence_transformers": activation})
@@ -1700,8 +1809,8 @@ def load_base(args):
 
 
 def identity_of(args, model, train_rows, eval_rows):
-    """What a resumed run has to share with its checkpoint beside its args: checksums of what it computes with, and the
-    samples of a step."""
+    """What a resumed run has to share with its checkpoint beside its args: checksums of what it
+    computes with, and the samples of a step."""
     config = model.model.config.to_dict()
     config.update({"transformers_version": "", "_name_or_path": ""})
     base_weights = hashlib.sha256()
@@ -1759,7 +1868,8 @@ def git_revision():
 
 
 def language_of(texts):
-    """"ja", "ko" or "zh" by the script of `texts`, "en" by its commonest words; None where it is none of them."""
+    """"ja", "ko" or "zh" by the script of `texts`, "en" by its commonest words; None where it is
+    none of them."""
     text = " ".join(texts).lower()
     letters = sum(map(str.isalpha, text))
     scripts = {"ja": "[\u3040-\u30ff]", "ko": "[\uac00-\ud7a3]", "zh": "[\u4e00-\u9fff]"}
@@ -1801,7 +1911,8 @@ def keep_few_activations(model):
 
 
 def remove_stale_caches(*kept):
-    """Remove the token files of other data and settings, which the folder would otherwise collect."""
+    """Remove the token files of other data and settings, which the folder would otherwise
+    collect."""
     folder = kept[0].parent
     for path in folder.glob("?" * 64 + ".*"):
         if path not in kept:
@@ -1813,7 +1924,8 @@ def claim_run_folder(run_dir, checkpoint, args):
     """Empty the run's folder but for what this run goes on from."""
     newest = checkpoints_in(run_dir)[-1:]
     is_known = newest == [] or (checkpoint and newest == [checkpoint.folder])
-    # A folder asked for by name may be older than the newest; find_checkpoint() has seen to the rest.
+    # A folder asked for by name may be older than the newest; find_checkpoint() has seen to the
+    # rest.
     may_be_older = args["resume_from_checkpoint"] not in (None, "latest")
     if not (is_known or may_be_older or args["overwrite_output_dir"]):
         raise UserError(
@@ -1834,18 +1946,33 @@ def claim_run_folder(run_dir, checkpoint, args):
 
 
 def require_space_for_run(run_dir, model, args):
-    """UserError unless the disk has room for the checkpoints and the weights that this run will add."""
+    """UserError unless the disk has room for the checkpoints and the weights that this run will
+    add."""
     # Just before an old checkpoint goes there is one more than the limit.
     count = max(1, args["save_total_limit"] + 1 - len(checkpoints_in(run_dir)))
-    trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
-    weights = sum(weight.nbytes for weight in model.parameters())
-    # A checkpoint: weights, AdamW's two moments, the best weights. At the end: final_model, fine_tuned_model.
+    trained = bytes_of(trained_weights(model).values())
+    weights = bytes_of(model.parameters())
+    # A checkpoint: weights, AdamW's two moments, the best weights. At the end: final_model,
+    # fine_tuned_model.
     needed = count * 4 * trained + 2 * weights
     require_space(run_dir, needed, f"What a run keeps ({count} checkpoints, weights)")
 
 
+def make_accelerator(args, run_dir, precision):
+    """The Accelerator, which knows processes, device, precision and loggers."""
+    return Accelerator(
+        cpu=PartialState().device.type == "cpu",
+        mixed_precision=precision,
+        log_with=args["log_with"] if args["epochs"] else None,
+        project_dir=run_dir / "logs",
+        # Buffers, position ids and the like, are constants.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
 def make_optimizer(model, args):
-    """AdamW over the weights that are trained, with no decay on biases and LayerNorm, which have one dimension."""
+    """AdamW over the weights that are trained, with no decay on biases and LayerNorm, which have
+    one dimension."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     matrices = [weight for weight in trained if weight.ndim > 1]
     vectors = [weight for weight in trained if weight.ndim <= 1]
@@ -1863,7 +1990,8 @@ def first_progress(train_data):
 
 
 def start_loggers(run):
-    """Start TensorBoard or wandb, in the run's folder, with the args as the first that is logged."""
+    """Start TensorBoard or wandb, in the run's folder, with the args as the first that is
+    logged."""
     args = run.args
     wandb = {
         "dir": str(run.folder / "logs"),
@@ -1872,13 +2000,14 @@ def start_loggers(run):
     }
     config = args if args["log_with"] == "wandb" else None
     run.accelerator.init_trackers("train_bert_rerank", config, {"wandb": wandb})
-    lines = [f"    {key}: {value!r}" for key, value in args.items()]  # so indented, TensorBoard shows them as they are
+    # So indented, TensorBoard shows them as they are.
+    lines = [f"    {key}: {value!r}" for key, value in args.items()]
     run.accelerator.log({"args": "\n".join(lines)}, step=0)
 
 
 def choose_bound(run):
-    """Set the padded tokens of a micro-batch: the checkpoint's where the settings of it are the same, with what
-    out-of-memory left of it."""
+    """Set the padded tokens of a micro-batch: the checkpoint's where the settings of it are the
+    same, with what out-of-memory left of it."""
     args = run.args
     checkpoint = run.checkpoint
     keys = ("micro_batch_tokens", "batch_size")
@@ -1895,15 +2024,15 @@ def choose_bound(run):
 
 
 def largest_micro_batch(run):
-    """What micro_batch_tokens "auto" stands for: MICRO_BATCH_TOKENS, or on a GPU the largest power of two at which a
-    window of the longest row alone is trained beside the optimizer's state and a spare tenth of the memory."""
+    """What micro_batch_tokens "auto" stands for: MICRO_BATCH_TOKENS, or on a GPU the largest power
+    of two at which a window of the longest row alone is trained beside the optimizer's state and a
+    spare tenth of the memory."""
     device = run.accelerator.device
     if device.type in MICRO_BATCH_TOKENS:
         return MICRO_BATCH_TOKENS[device.type]
 
-    trained = sum(weight.numel() for weight in run.wrapped.parameters() if weight.requires_grad)
     _, memory = torch.cuda.mem_get_info()
-    optimizer_state = 8 * trained  # two moments in fp32
+    optimizer_state = 2 * bytes_of(trained_weights(run.model).values())  # two moments
     spare = torch.empty(optimizer_state + memory // 10, dtype=torch.uint8, device=device)
 
     lengths = run.train_data.lengths
@@ -1922,7 +2051,8 @@ def largest_micro_batch(run):
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 def score_together(run, encoded, max_tokens, show_progress_bar=False):
-    """Logits [N] in fp32 of N encoded pairs, the same in all processes; None where one of them has a stop request.
+    """Logits [N] in fp32 of N encoded pairs, the same in all processes; None where one of them has
+    a stop request.
 
     The processes share out micro-batches, whole, so that their number changes no score."""
     accelerator = run.accelerator
@@ -1940,8 +2070,9 @@ def score_together(run, encoded, max_tokens, show_progress_bar=False):
 
 
 def evaluate(run, step=0, base_interpolation=0.0):
-    """Score the eval data, say and log what came out, warn where it looks ill: the Candidate, None where a stop
-    request cut it short. Weights or scores that are not finite are a UserError at step 0."""
+    """Score the eval data, say and log what came out, warn where it looks ill: the Candidate, None
+    where a stop request cut it short. Weights or scores that are not finite are a UserError at step
+    0."""
     args, dataset = run.args, run.eval_data
     logits = score_together(run, dataset, run.progress.max_tokens, IS_MAIN_PROCESS)
     if logits is None:
@@ -1973,13 +2104,15 @@ def evaluate(run, step=0, base_interpolation=0.0):
 
 
 def fill_in(candidate, dataset, metric):
-    """Measure a candidate by its scores, which are finite; returns the health of its probabilities."""
+    """Measure a candidate by its scores, which are finite; returns the health of its
+    probabilities."""
     labels, scores = dataset.labels.numpy(), candidate.scores.numpy()
     candidate.metrics, health = measure(dataset.lists, labels, scores)
     values = metric_values(metric, dataset.lists[metric], labels, scores)
     candidate.values = torch.from_numpy(values)
     candidate.quality = round(float(values.mean()), 9)
-    if not candidate.base_interpolation:  # mixtures have a step of the log in common with what they are made of
+    # Mixtures have a step of the log in common with what they are made of.
+    if not candidate.base_interpolation:
         for key, value in {**candidate.metrics, **health}.items():
             if value is not None:
                 candidate.logged[f"eval/{key}"] = value
@@ -1996,42 +2129,35 @@ def illness_of(health):
     return None
 
 
-def has_finite_weights(model):
-    return all(weight.isfinite().all() for weight in model.parameters())
-
-
 # ---- Checkpoints ---------------------------------------------------------------------------------
 def host_copy(model):
     """{name: weight} of the weights that are trained, copied into host memory."""
-    weights = {}
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            weights[name] = weight.detach().to("cpu", copy=True)
-    return weights
+    copies = {}
+    for name, weight in trained_weights(model).items():
+        copies[name] = weight.to("cpu", copy=True)
+    return copies
 
 
 def keep_newest(run_dir, limit):
-    """Remove all checkpoints but the `limit` newest, and as many best weights: each checkpoint brings one at most."""
+    """Remove all checkpoints but the `limit` newest, and as many best weights: each checkpoint
+    brings one at most."""
     for path in [*checkpoints_in(run_dir)[:-limit], *best_weights_in(run_dir)[:-limit]]:
         remove(path)
 
 
 def save_checkpoint(run):
-    """Write checkpoint-STEP/state.pt, what class Checkpoint holds, and the best weights so far beside it, unless this
-    run did so already; then let go of all but the save_total_limit newest.
+    """Write checkpoint-STEP/state.pt, what class Checkpoint holds, and the best weights so far
+    beside it, unless this run did so already; then let go of all but the save_total_limit newest.
 
-    A step is saved before it is evaluated. Data order and dropout follow from seed, process and step: no random state
-    is kept."""
+    A step is saved before it is evaluated. Data order and dropout follow from seed, process and
+    step: no random state is kept."""
     progress = run.progress
     accelerator = run.accelerator
     row_sums = accelerator.reduce(progress.row_sums.to(accelerator.device), "sum").cpu()
     if not IS_MAIN_PROCESS or not has_finite_weights(run.model):
         return
 
-    weights = {}
-    for name, weight in run.model.named_parameters():
-        if weight.requires_grad:
-            weights[name] = weight.detach()
+    weights = trained_weights(run.model)
     state = {
         "args": run.args,
         "identity": run.identity,
@@ -2047,11 +2173,11 @@ def save_checkpoint(run):
     }
     folder = run.folder / f"checkpoint-{progress.step:08}"
     best = run.folder / f"best_weights-{progress.best_step:08}.pt"
-    size = 3 * sum(weight.nbytes for weight in weights.values())  # AdamW's state is twice the weights
+    size = 3 * bytes_of(weights.values())  # AdamW's state is twice the weights
     files = {}
     if run.best_weights and not best.exists():
         files[best] = run.best_weights
-        size += sum(weight.nbytes for weight in weights.values())
+        size += bytes_of(weights.values())
     if not (folder / "state.pt").exists():
         files[folder / "state.pt"] = state
 
@@ -2070,8 +2196,8 @@ def save_checkpoint(run):
 
 
 def load_checkpoint(folder, args, identity, record):
-    """The Checkpoint in `folder`; UserError where it is of another run than `args` and `identity` tell of. Says what
-    differs otherwise."""
+    """The Checkpoint in `folder`; UserError where it is of another run than `args` and `identity`
+    tell of. Says what differs otherwise."""
     try:
         state = torch.load(folder / "state.pt", "cpu", weights_only=True)
         candidates = [Candidate(**candidate) for candidate in state["progress"]["candidates"]]
@@ -2081,16 +2207,16 @@ def load_checkpoint(folder, args, identity, record):
             path = folder.parent / f"best_weights-{progress.best_step:08}.pt"
             best_weights = torch.load(path, "cpu", weights_only=True)
         checkpoint = Checkpoint(folder, progress=progress, best_weights=best_weights, **state)
-    except Exception as error:  # torch.load raises a dozen types for files that are not what it expects
+    # Torch.load raises a dozen types for files that are not what it expects.
+    except Exception as error:
         reason = f"{type(error).__name__}: {str(error).partition('. ')[0]}"
         raise UserError(
             f"{folder} and the best weights beside it cannot be read: {reason}\n"
             "(Of several machines each has to see output_dir.)"
         ) from error
 
-    strict = {key: value for key, value in args.items() if key not in NAMES + NEUTRAL}
     before = {**checkpoint.identity, **checkpoint.args}
-    differences = changes(before, {**strict, **identity})
+    differences = changes(before, {**decisive_settings(args), **identity})
     if differences:
         lines = [f"{folder} is of another run; from it to this one:", *differences]
         to_go_on = CHOICES.splitlines()[1]
@@ -2111,8 +2237,8 @@ def load_checkpoint(folder, args, identity, record):
 
 
 def restore(run):
-    """Go on from the run's checkpoint: its weights and optimizer in place of the base's, all that was logged in the log
-    again."""
+    """Go on from the run's checkpoint: its weights and optimizer in place of the base's, all that
+    was logged in the log again."""
     checkpoint = run.checkpoint
     run.model.load_state_dict(checkpoint.model, strict=False)
     run.optimizer.load_state_dict(checkpoint.optimizer)
@@ -2122,7 +2248,8 @@ def restore(run):
     run.checkpoint = None  # what it holds is memory that is no longer needed
 
     progress = run.progress
-    if not IS_MAIN_PROCESS:  # the checkpoint has those of all processes, and they are summed up again
+    # The checkpoint has those of all processes, and they are summed up again.
+    if not IS_MAIN_PROCESS:
         progress.row_sums.zero_()
     scalars = {candidate.step: dict(candidate.logged) for candidate in progress.candidates}
     for step, _, loss, lr, grad_norm in progress.history:
@@ -2143,6 +2270,18 @@ OUT_OF_MEMORY = (  # in the messages of CUDA and MPS, of cuBLAS, of the CPU's al
 FRACTION = 2**30  # row sums are counted in steps of 1 / FRACTION
 
 
+def learning_rate(step, total_steps, peak, warmup_proportion):
+    """The rate of step 1…total_steps: linear warm-up over ceil(warmup_proportion × them), then
+    cosine, 0 after them.
+
+    Of 50 steps with a warm-up of 0.1 five rise: 0.2, 0.4, … 1.0 of the peak."""
+    warmup = math.ceil(warmup_proportion * total_steps)
+    if step <= warmup:
+        return peak * (step / warmup)
+    decayed = (step - 1 - warmup) / max(1, total_steps - warmup)
+    return peak * ((1 + math.cos(math.pi * decayed)) / 2)
+
+
 @dataclass
 class WindowResult:
     """What a process's forward and backward passes over its share of a window gave."""
@@ -2154,8 +2293,9 @@ class WindowResult:
 
 
 def forward_backward(run, micro_batches, window_size):
-    """Forward and backward passes over micro-batches (row numbers) of a window of `window_size` samples, of the mean
-    BCE over all of it; the last backward, for which the processes wait for each other, is left to the caller."""
+    """Forward and backward passes over micro-batches (row numbers) of a window of `window_size`
+    samples, of the mean BCE over all of it; the last backward, for which the processes wait for
+    each other, is left to the caller."""
     is_idle = not micro_batches
     if is_idle:  # DDP needs a backward of every process: a row that weighs nothing
         micro_batches = [np.array([0])]
@@ -2169,7 +2309,8 @@ def forward_backward(run, micro_batches, window_size):
             output = run.wrapped(batch, dataset.labels[rows])
             loss = output["loss"] * weight
             if number < len(micro_batches):
-                accelerator.backward(loss * accelerator.num_processes)  # DDP takes the mean over them
+                # DDP takes the mean over them.
+                accelerator.backward(loss * accelerator.num_processes)
         losses.append(loss.detach())
         probabilities.append(output["logits"].detach().sigmoid().flatten())
 
@@ -2181,7 +2322,8 @@ def forward_backward(run, micro_batches, window_size):
 
 
 def last_backward(run, result):
-    """The last backward pass of a window, after which the gradient is the mean over all processes."""
+    """The last backward pass of a window, after which the gradient is the mean over all
+    processes."""
     with run.accelerator.trigger_sync_in_backward(run.wrapped):
         run.accelerator.backward(result.last_loss * run.accelerator.num_processes)
     result.last_loss = None  # and with it the activations
@@ -2198,9 +2340,9 @@ def unless_out_of_memory(function, *arguments):
 
 
 def train_window(run, window, seed):
-    """Backpropagate a `window` (row numbers) in micro-batches of at most progress.max_tokens padded tokens, dropping
-    out as `seed` says: a WindowResult. Where any process runs out of memory, all halve the bound and do the window
-    again, but not where they wait for each other already."""
+    """Backpropagate a `window` (row numbers) in micro-batches of at most progress.max_tokens padded
+    tokens, dropping out as `seed` says: a WindowResult. Where any process runs out of memory, all
+    halve the bound and do the window again, but not where they wait for each other already."""
     accelerator, progress = run.accelerator, run.progress
     lengths = run.train_data.lengths[window]
     batch_cost = MICRO_BATCH_COST[accelerator.device.type]
@@ -2212,7 +2354,8 @@ def train_window(run, window, seed):
         result, is_done = unless_out_of_memory(forward_backward, run, micro_batches, len(window))
         is_done = not any_process(accelerator, not is_done)  # all go on, or none
         if is_done and accelerator.num_processes > 1:
-            last_backward(run, result)  # out of memory here, where others wait in vain, ends the run
+            # Out of memory here, where others wait in vain, ends the run.
+            last_backward(run, result)
         elif is_done:
             _, is_done = unless_out_of_memory(last_backward, run, result)
         if is_done:
@@ -2230,13 +2373,16 @@ def train_window(run, window, seed):
         release_memory()
 
 
-def train_step(run, window, lr):
-    """The next optimizer step, on the rows of a `window`; returns whether a stop request has come to any process.
+def train_step(run, window):
+    """The next optimizer step, on the rows of a `window`; returns whether a stop request has come
+    to any process.
 
-    A step whose loss or gradient is not finite is not applied, and the third in a row is a UserError; gradients in
-    fp16 are left to the scaler, which finds its scale by letting them overflow."""
+    A step whose loss or gradient is not finite is not applied, and the third in a row is a
+    UserError; gradients in fp16 are left to the scaler, which finds its scale by letting them
+    overflow."""
     args, accelerator, optimizer, progress = run.args, run.accelerator, run.optimizer, run.progress
     step = progress.step + 1
+    lr = learning_rate(step, run.total_steps, args["lr"], args["warmup_proportion"])
     bound = progress.max_tokens
     result = train_window(run, window, dropout_seed(run, step))  # forward and backward
     if progress.max_tokens < bound:
@@ -2276,7 +2422,8 @@ def train_step(run, window, lr):
 
 
 def dropout_seed(run, step):
-    """What a step drops out by: each process on its own, and the same when a resumed run comes to it."""
+    """What a step drops out by: each process on its own, and the same when a resumed run comes to
+    it."""
     entropy = [run.args["seed"], run.accelerator.process_index, step]
     return np.random.SeedSequence(entropy).generate_state(1).item()
 
@@ -2284,14 +2431,15 @@ def dropout_seed(run, step):
 def add_to_row_sums(row_sums, rows, probabilities):
     """Add `probabilities` [M] of `rows` [M], and that they were seen, to row_sums [N, 2].
 
-    As integers: their sum is the same in every order, so over any number of processes and after any resuming."""
+    As integers: their sum is the same in every order, so over any number of processes and after any
+    resuming."""
     row_sums[rows, 0] += (probabilities * FRACTION).long()
     row_sums[rows, 1] += 1
 
 
 def report_bad_step(run, window, suspects):
-    """Say which rows a step that is not applied had, or which of them have no finite score; the third in a row ends the
-    run."""
+    """Say which rows a step that is not applied had, or which of them have no finite score; the
+    third in a row ends the run."""
     step, _, loss, lr, grad_norm = run.progress.history[-1]
     suspects = gather_object(suspects.tolist()) or window
     dataset = run.train_data
@@ -2305,33 +2453,24 @@ def report_bad_step(run, window, suspects):
     )
     if run.progress.bad_steps == 3:
         raise UserError(
-            "three steps in a row were not applied: start over (--overwrite_output_dir true) with a "
-            f"lower lr than {run.args['lr']}, without the rows that are named, or in another precision"
+            "three steps in a row were not applied: start over (--overwrite_output_dir true) with "
+            f"a lower lr than {run.args['lr']}, without the rows that are named, "
+            "or in another precision"
         )
 
 
 # ---- Training ------------------------------------------------------------------------------------
-def learning_rate(step, total_steps, peak, warmup_proportion):
-    """The rate of step 1…total_steps: linear warm-up over ceil(warmup_proportion × them), then cosine, 0 after them.
-
-    Of 50 steps with a warm-up of 0.1 five rise: 0.2, 0.4, … 1.0 of the peak."""
-    warmup = math.ceil(warmup_proportion * total_steps)
-    if step <= warmup:
-        return peak * (step / warmup)
-    decayed = (step - 1 - warmup) / max(1, total_steps - warmup)
-    return peak * ((1 + math.cos(math.pi * decayed)) / 2)
-
-
 def fit_bias(run):
-    """Where the logits of 256 training rows stand over 2 off the labels as a whole, as after a listwise loss, shift the
-    head's bias, which changes no ranking, lest the first steps' gradient go into it."""
+    """Where the logits of 256 training rows stand over 2 off the labels as a whole, as after a
+    listwise loss, shift the head's bias, which changes no ranking, lest the first steps' gradient
+    go into it."""
     dataset = run.train_data
     stride = math.ceil(len(dataset) / 256)
     sample = [dataset[row] for row in range(0, len(dataset), stride)]
     logits = score_together(run, sample, run.record["micro_batch_tokens"]).cpu().double()
 
-    # Of shifts in steps of 0.1, around the one that brings the median to 0, that after which the mean probability is
-    # nearest to the mean label.
+    # Of shifts in steps of 0.1, around the one that brings the median to 0, that after which the
+    # mean probability is nearest to the mean label.
     shifts = torch.arange(-100, 100, 0.1).double() - logits.median()
     means = (logits[:, None] + shifts).sigmoid().mean(0)
     target = dataset.labels[::stride].mean().clamp(0.01, 0.99)
@@ -2353,8 +2492,9 @@ def fit_bias(run):
 
 
 def set_weights(model, weights, base_interpolation):
-    """Put (1 − w) · fine-tuned + w · base of `weights`, (fine-tuned, base), into `model`, one tensor after the other
-    (WiSE-FT, Wortsman et al. 2022; LM-Cocktail, Xiao et al. 2024). 0 and 1 give exactly the one and the other."""
+    """Put (1 − w) · fine-tuned + w · base of `weights`, (fine-tuned, base), into `model`, one
+    tensor after the other (WiSE-FT, Wortsman et al. 2022; LM-Cocktail, Xiao et al. 2024). 0 and 1
+    give exactly the one and the other."""
     fine_tuned, base = weights
     for name, weight in fine_tuned.items():
         mixture = torch.lerp(weight, base[name], base_interpolation)
@@ -2362,7 +2502,8 @@ def set_weights(model, weights, base_interpolation):
 
 
 def windows_from(run, first_step):
-    """Yield the windows of the steps from `first_step` on, one permutation of the train rows after the other."""
+    """Yield the windows of the steps from `first_step` on, one permutation of the train rows after
+    the other."""
     generator = torch.Generator().manual_seed(run.args["seed"])
     step = 0
     for _ in range(run.args["epochs"]):
@@ -2373,60 +2514,45 @@ def windows_from(run, first_step):
 
 
 def fine_tune(run):
-    """Train on from `run.progress`, which is kept up to date, and save checkpoints; evaluate at each epoch's end or
-    every `eval_steps`, then mixtures of the best weights with the base's."""
-    args, progress = run.args, run.progress
-    if run.eval_data and args["load_best_model_at_end"]:
+    """Train on from `run.progress`, which is kept up to date, and save checkpoints; evaluate at
+    each epoch's end or every `eval_steps`, then mixtures of the best weights with the base's."""
+    progress = run.progress
+    if run.eval_data and run.args["load_best_model_at_end"]:
         run.base_weights = host_copy(run.model)
     if run.checkpoint:
         restore(run)
-    if run.accelerator.num_processes > 1:  # DDP orders its sums anew after a first backward: let that weigh nothing
+    # DDP orders its sums anew after a first backward: let that weigh nothing.
+    if run.accelerator.num_processes > 1:
         last_backward(run, forward_backward(run, [], window_size=1))
         run.optimizer.zero_grad()
 
-    steps_done = progress.step
-    windows = windows_from(run, steps_done + 1)
-    eval_steps = args["eval_steps"] or run.steps_per_epoch
-    save_steps = args["save_steps"] or run.steps_per_epoch
-    owes_checkpoint = False
-    samples, seconds = 0, 0.0
+    windows = windows_from(run, progress.step + 1)
+    pairs, seconds = 0, 0.0
     bar = tqdm(
-        desc="Training", total=run.total_steps, initial=steps_done, disable=not IS_MAIN_PROCESS
+        desc="Training",
+        total=run.total_steps,
+        initial=progress.step,
+        disable=not IS_MAIN_PROCESS,
     )
     with run.stop.noted(), bar:
-        # The first is the checkpoint's own where there is one: its evaluation alone is left.
-        for step in range(max(1, steps_done), run.total_steps + 1):
-            is_last = step == run.total_steps
-            is_stopped = False
-            if step > steps_done:
-                started = time.perf_counter()
-                window = next(windows)
-                lr = learning_rate(step, run.total_steps, args["lr"], args["warmup_proportion"])
-                is_stopped = train_step(run, window, lr)
-                samples += len(window)
-                seconds += time.perf_counter() - started
+        if progress.step:  # a checkpoint's, which was saved before it was evaluated
+            evaluate_if_due(run)
+        while progress.step < run.total_steps and not is_out_of_patience(run):
+            started = time.perf_counter()
+            window = next(windows)
+            is_asked_to_stop = train_step(run, window)
+            pairs += len(window)
+            seconds += time.perf_counter() - started
 
-                owes_checkpoint |= step % save_steps == 0 or is_last
-                # Weights that overflow in the next step would not be good to go on from.
-                if owes_checkpoint and not progress.bad_steps:
-                    save_checkpoint(run)
-                    owes_checkpoint = False
-
-            if run.eval_data and not is_stopped and (step % eval_steps == 0 or is_last):
-                candidate = evaluate(run, step)
-                if candidate:
-                    add_candidate(run, candidate)
-                else:
-                    is_stopped = True
-            if is_stopped:
+            if is_asked_to_stop:
                 stop_with_checkpoint(run)
+            save_if_due(run)
+            evaluate_if_due(run)
+            show_progress(run, bar, pairs / seconds)
 
-            show_progress(run, bar, pairs_per_second=samples / max(seconds, 1e-9))
-            patience = args["early_stopping_patience"]
-            if patience and evaluations_since_best(progress) >= patience and not is_last:
-                say(f"No better evaluation since step {progress.best_step}: stopping early.")
-                bar.total = step  # nothing is left to do
-                break
+        if progress.step < run.total_steps:
+            say(f"No better evaluation since step {progress.best_step}: stopping early.")
+            bar.total = progress.step  # nothing is left to do
 
     if progress.overflows:
         say(
@@ -2436,6 +2562,44 @@ def fine_tune(run):
     evaluate_mixtures(run)
     row_sums = progress.row_sums.to(run.accelerator.device)
     progress.row_sums = run.accelerator.reduce(row_sums, "sum").cpu()
+
+
+def stop_with_checkpoint(run):
+    """End the process, as a stop request asks, with a checkpoint."""
+    save_checkpoint(run)
+    run.accelerator.wait_for_everyone()  # as soon as one process leaves, a launcher ends the others
+    number = run.stop.signal_number
+    raise UserError(
+        f"Stopped by {signal.Signals(number).name} after step {run.progress.step} "
+        f"of {run.total_steps}; checkpoints are in {run.folder}.\n{CHOICES}",
+        exit_status=128 + number,
+    )
+
+
+def save_if_due(run):
+    """Save a checkpoint every `save_steps`, or at the end of each epoch, and after the last
+    step."""
+    step = run.progress.step
+    save_steps = run.args["save_steps"] or run.steps_per_epoch
+    if step % save_steps == 0 or step == run.total_steps:
+        run.owes_checkpoint = True
+    # Weights with which steps come to nothing would not be good to go on from: those of the next
+    # good step are.
+    if run.owes_checkpoint and not run.progress.bad_steps:
+        save_checkpoint(run)
+        run.owes_checkpoint = False
+
+
+def evaluate_if_due(run):
+    """Evaluate every `eval_steps`, or at the end of each epoch, and after the last step."""
+    step = run.progress.step
+    eval_steps = run.args["eval_steps"] or run.steps_per_epoch
+    is_due = step % eval_steps == 0 or step == run.total_steps
+    if run.eval_data and is_due:
+        candidate = evaluate(run, step)
+        if candidate is None:
+            stop_with_checkpoint(run)
+        add_candidate(run, candidate)
 
 
 def add_candidate(run, candidate):
@@ -2450,27 +2614,23 @@ def add_candidate(run, candidate):
             run.best_weights = host_copy(run.model)
 
 
-def evaluations_since_best(progress):
-    """How many evaluations there were after the best."""
-    return sum(candidate.step > progress.best_step for candidate in progress.candidates)
-
-
-def stop_with_checkpoint(run):
-    """End the process as the stop request asks, with a checkpoint."""
-    save_checkpoint(run)
-    run.accelerator.wait_for_everyone()  # as soon as one process leaves, a launcher ends the others
-    number = run.stop.signal_number
-    raise UserError(
-        f"Stopped by {signal.Signals(number).name} after step {run.progress.step} "
-        f"of {run.total_steps}; checkpoints are in {run.folder}.\n{CHOICES}",
-        exit_status=128 + number,
-    )
+def is_out_of_patience(run):
+    """Whether there were early_stopping_patience evaluations since the best."""
+    patience = run.args["early_stopping_patience"]
+    if patience is None:
+        return False
+    best_step = run.progress.best_step
+    since_best = sum(candidate.step > best_step for candidate in run.progress.candidates)
+    return since_best >= patience
 
 
 def show_progress(run, bar, pairs_per_second):
     """Bring the bar up to the last step that was done."""
     step, epoch, loss, lr, _ = run.progress.history[-1]
-    text = f"epoch {epoch}/{run.args['epochs']}, loss {loss:.4f}, lr {lr:.2e}, {pairs_per_second:.1f} pairs/s"
+    text = (
+        f"epoch {epoch}/{run.args['epochs']}, loss {loss:.4f}, lr {lr:.2e}, "
+        f"{pairs_per_second:.1f} pairs/s"
+    )
     if run.eval_data:
         text += f", {run.metric} {run.progress.candidates[-1].quality:.4f}"
     bar.set_postfix_str(text)
@@ -2478,7 +2638,8 @@ def show_progress(run, bar, pairs_per_second):
 
 
 def evaluate_mixtures(run):
-    """Evaluate mixtures of the best weights with the base's, unless the base has a head that was never trained."""
+    """Evaluate mixtures of the best weights with the base's, unless the base has a head that was
+    never trained."""
     if not run.base_weights or run.model.new_weights:
         return
     for share in run.args["base_interpolation"]:
@@ -2489,12 +2650,13 @@ def evaluate_mixtures(run):
 
 # ---- Verdict -------------------------------------------------------------------------------------
 def cross_fit(base, candidates, seed):
-    """Differences [V] of the metric's values between best candidate and base: chosen on one half of the queries,
-    measured on the other, and the reverse, since the queries that chose it flatter it.
+    """Differences [V] of the metric's values between best candidate and base: chosen on one half of
+    the queries, measured on the other, and the reverse, since the queries that chose it flatter it.
 
-    Two candidates gain 0.3 and 0 on the first half of the queries, 0.1 and 0.2 on the second. The first is chosen on
-    the first half, and its gain on the second counts, 0.1; the second is chosen on the second half, and counts 0 on
-    the first: 0.05 on average, where the best on all queries, the first, would claim 0.2."""
+    Two candidates gain 0.3 and 0 on the first half of the queries, 0.1 and 0.2 on the second. The
+    first is chosen on the first half, and its gain on the second counts, 0.1; the second is chosen
+    on the second half, and counts 0 on the first: 0.05 on average, where the best on all queries,
+    the first, would claim 0.2."""
     gains = []
     for candidate in candidates:
         gains.append(np.asarray(candidate.values) - np.asarray(base.values))
@@ -2511,12 +2673,14 @@ def cross_fit(base, candidates, seed):
 
 
 def confidence_interval(differences, seed):
-    """95 % interval [low, high] of the mean of differences [V]: the symmetric bootstrap-t (Hall 1988), whose coverage
-    holds (benchmarks/coverage.py); None where fewer than six differ from 0, since then that of no interval does.
+    """95 % interval [low, high] of the mean of differences [V]: the symmetric bootstrap-t (Hall
+    1988), whose coverage holds (benchmarks/coverage.py); None where fewer than six differ from 0,
+    since then that of no interval does.
 
-    Queries are drawn anew from the queries at hand, as many, 1,999 times. Each time the mean moves by so many of its
-    own standard errors; what 95 % of the draws stay below takes the place of the 1.96 of a normal distribution, and
-    is larger where few queries make up the difference: of 20 queries with 7 that differ it may be 2.3."""
+    Queries are drawn anew from the queries at hand, as many, 1,999 times. Each time the mean moves
+    by so many of its own standard errors; what 95 % of the draws stay below takes the place of the
+    1.96 of a normal distribution, and is larger where few queries make up the difference: of 20
+    queries with 7 that differ it may be 2.3."""
     count = len(differences)
     differing = differences[np.abs(differences) > 1e-9]
     if len(differing) < 6:
@@ -2530,13 +2694,14 @@ def confidence_interval(differences, seed):
 
 
 def bootstrap_quantile(differences, error, seed):
-    """Within how many standard errors of the mean of `differences` [V] 95 % of 1,999 samples have theirs; `error` is
-    the standard error of the mean."""
+    """Within how many standard errors of the mean of `differences` [V] 95 % of 1,999 samples have
+    theirs; `error` is the standard error of the mean."""
     count = len(differences)
     differing = differences[np.abs(differences) > 1e-9]
     values = np.append(differing, 0)  # all zeros are drawn as one value
     shares = np.append(np.full(len(differing), 1 / count), 1 - len(differing) / count)
-    weights = np.random.default_rng(seed).multinomial(count, shares, 1999) / count  # [samples, D + 1]
+    # [samples, D + 1].
+    weights = np.random.default_rng(seed).multinomial(count, shares, 1999) / count
     centred = values - differences.mean()
     shifts = weights @ centred  # of the mean, in each sample
     variances = weights @ centred**2 - shifts**2
@@ -2546,15 +2711,17 @@ def bootstrap_quantile(differences, error, seed):
 
 
 def judge(candidates, dataset, metric, args):
-    """Of the candidates, the base first: the report that eval_report.json holds, the best fine-tuned one, and what goes
-    into final_model: it, or the base if it ranks below that on average over 20 or more queries."""
+    """Of the candidates, the base first: the report that eval_report.json holds, the best
+    fine-tuned one, and what goes into final_model: it, or the base if it ranks below that on
+    average over 20 or more queries."""
     base, *tuned = candidates
     if not args["load_best_model_at_end"]:
         tuned = tuned[-1:]
     tuned = [candidate for candidate in tuned if candidate.quality > -math.inf]
     if not tuned:
         tuned = [base]
-    best = max(tuned, key=lambda candidate: candidate.quality)  # of equals the first: the less mixed
+    # Of equals the first: the less mixed.
+    best = max(tuned, key=lambda candidate: candidate.quality)
 
     labels = dataset.labels.numpy()
     queries = len(dataset.lists[metric])
@@ -2612,7 +2779,8 @@ def verdict_of(ci95):
 
 
 def threshold_of(candidate, labels):
-    """The probability from which on to take a row for relevant, for the best F1; None where nothing says which."""
+    """The probability from which on to take a row for relevant, for the best F1; None where nothing
+    says which."""
     if not candidate.metrics["best_f1"]:
         return None
     _, score = best_f1(labels, np.asarray(candidate.scores))
@@ -2620,7 +2788,8 @@ def threshold_of(candidate, labels):
 
 
 def verdict_text(report, args):
-    """All metrics, then what final_model holds, and last the verdict and what to try next, as lines."""
+    """All metrics, then what final_model holds, and last the verdict and what to try next, as
+    lines."""
     before, tuned, metric = report["before"], report["fine_tuned"], report["metric"]
     keys = [key for key in METRICS if before[key] is not None]
     if not args["epochs"]:
@@ -2732,9 +2901,10 @@ def conclude(run):
 
 # ---- Results -------------------------------------------------------------------------------------
 def write_results(run, outcome):
-    """Write all results of a run but run.json into its folder; the model's weights are the fine-tuned ones."""
+    """Write all results of a run but run.json into its folder; the model's weights are the
+    fine-tuned ones."""
     folder, model = run.folder, run.model
-    size = sum(weight.nbytes for weight in model.parameters())
+    size = bytes_of(model.parameters())
     require_space(folder, size * (2 if outcome.is_base else 1), "The model")
     if outcome.is_base:
         model.save_pretrained(folder / "fine_tuned_model")
@@ -2755,7 +2925,8 @@ def write_results(run, outcome):
 
 
 def draw_loss_curve(history, report, path):
-    """Draw the loss, its moving mean, the learning rate and the ends of epochs; below, evaluations and final_model."""
+    """Draw the loss, its moving mean, the learning rate and the ends of epochs; below, evaluations
+    and final_model."""
     from matplotlib.figure import Figure
 
     steps, epochs, losses, rates, _ = np.transpose(history)
@@ -2805,7 +2976,8 @@ def draw_evaluations(axes, report):
 
 
 def write_rows(path, dataset, chosen, **columns):
-    """Write the rows `chosen` (their numbers [M]) as JSONL, each with its value of the `columns` [M]."""
+    """Write the rows `chosen` (their numbers [M]) as JSONL, each with its value of the `columns`
+    [M]."""
     ascending = np.sort(chosen)
     try:
         texts = dict(zip(ascending.tolist(), dataset.pairs(ascending), strict=True))
@@ -2831,7 +3003,8 @@ def write_rows(path, dataset, chosen, **columns):
 
 
 def write_evaluation(folder, dataset, report, scores):
-    """Write eval_report.json, predictions.jsonl, score_distribution.png; `scores`: {title: logits [N]}, base first."""
+    """Write eval_report.json, predictions.jsonl, score_distribution.png; `scores`: {title: logits
+    [N]}, base first."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "eval_report.json").write_text(text, "utf-8")
@@ -2845,12 +3018,14 @@ def write_evaluation(folder, dataset, report, scores):
 
 
 def draw_score_distribution(probabilities, labels, path):
-    """Draw, beside each other, histograms of `probabilities`, {title: [N]}, of relevant and of irrelevant rows."""
+    """Draw, beside each other, histograms of `probabilities`, {title: [N]}, of relevant and of
+    irrelevant rows."""
     from matplotlib.figure import Figure
 
     irrelevant, relevant = np.flatnonzero(labels < 0.5), np.flatnonzero(labels >= 0.5)
     sides = [irrelevant, relevant]
-    percent = [np.full(len(rows), 100 / max(len(rows), 1)) for rows in sides]  # of each row, on its side
+    # Of each row, on its side.
+    percent = [np.full(len(rows), 100 / max(len(rows), 1)) for rows in sides]
     figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(probabilities), sharey=True, squeeze=False)[0]
     for axes, (title, values) in zip(panels, probabilities.items(), strict=True):
@@ -2871,11 +3046,13 @@ def draw_score_distribution(probabilities, labels, path):
 
 
 def write_rows_to_check(path, dataset, row_sums):
-    """The training rows whose label the model contradicted on average over the epochs, worst first: mean probability of
-    the label less that of the other (AUM, Pleiss et al. 2020; Dataset Cartography, Swayamdipta et al. 2020)."""
+    """The training rows whose label the model contradicted on average over the epochs, worst first:
+    mean probability of the label less that of the other (AUM, Pleiss et al. 2020; Dataset
+    Cartography, Swayamdipta et al. 2020)."""
     sums, counts = row_sums.T
     means = sums / FRACTION / np.maximum(counts, 1)
-    # From 1, sure of the label, to -1, sure of the other: a row labelled 1 with a mean of 0.2 has 1 · (0.4 - 1) = -0.6.
+    # From 1, sure of the label, to -1, sure of the other: a row labelled 1 with a mean of 0.2 has 1
+    # · (0.4 - 1) = -0.6.
     margins = (2 * dataset.labels.numpy() - 1) * (2 * means - 1)
     margins[counts == 0] = 0  # never seen, where training stopped early
     worst_first = np.argsort(margins, kind="stable")
@@ -2883,19 +3060,58 @@ def write_rows_to_check(path, dataset, row_sums):
     write_rows(path, dataset, contradicted, mean_probability=means[contradicted])
 
 
+CARD = """---
+{metadata}
+---
+
+# {title}
+
+A cross-encoder for reranking.
+```
+{verdict}
+```
+
+## Usage
+
+It scores queries as `{query_format}` and documents as `{document_format}`, \
+with the text for `{{}}`. train_bert_rerank sees to
+this by itself, and cuts documents to fit, not the query; \
+for other libraries make the texts so, as below.
+```python
+from train_bert_rerank import BertRerankerModel
+from sentence_transformers import CrossEncoder
+from FlagEmbedding import FlagReranker
+from transformers import pipeline
+query, documents, folder = "…", ["…", "…"], "final_model"  # or its name on the hub
+print(BertRerankerModel.from_pretrained(folder).rank(query, documents))
+pairs = [({query}, {document}) for document in documents]
+print(CrossEncoder(folder).predict(pairs))
+print(FlagReranker(folder, normalize=True, max_length={max_length}).compute_score(pairs))
+print(pipeline("text-classification", folder, truncation="only_second")\
+([dict(text=q, text_pair=d) for q, d in pairs]))
+```
+
+## Training
+```
+{settings}
+```
+"""
+
+
 def write_model_card(run, outcome):
-    """Write README.md: metadata as the hub reads it, the verdict, use in four libraries, settings. It names no path."""
+    """Write README.md: metadata as the hub reads it, the verdict, use in four libraries, settings.
+    It names no path."""
     args, report = run.args, outcome.report
     name = args["model_name_or_path"]
     title = Path(name).name + (", unchanged" if outcome.is_base else ", fine-tuned")
     results = None
     if report:
+        dataset = Path(report["dataset"]).name
         results = []
         for key, value in report["after"].items():
             if value is not None:
-                dataset = Path(report["dataset"]).name
                 results.append(EvalResult("text-ranking", "custom", dataset, key, round(value, 4)))
-    card = ModelCardData(
+    metadata = ModelCardData(
         language=run.record["language"],
         base_model=None if Path(name).is_dir() else name,
         pipeline_tag="text-ranking",
@@ -2905,43 +3121,21 @@ def write_model_card(run, outcome):
         eval_results=results,
     )
 
-    settings = {key: value for key, value in args.items() if key not in NAMES + NEUTRAL}
+    settings = decisive_settings(args)
     settings["samples of a step"] = run.samples_per_step
     settings.update(run.record["versions"])
-    settings_lines = "\n".join(f"{key}: {value}" for key, value in settings.items())
     query_format, document_format = run.model.formats
-    text = f"""---\n{card.to_yaml()}\n---
-
-# {title}
-
-A cross-encoder for reranking.
-```
-{outcome.text}
-```
-
-## Usage
-
-It scores queries as `{query_format}` and documents as `{document_format}`, \
-with the text for `{{}}`. train_bert_rerank sees to
-this by itself, and cuts documents to fit, not the query; for other libraries make the texts so, as below.
-```python
-from train_bert_rerank import BertRerankerModel
-from sentence_transformers import CrossEncoder
-from FlagEmbedding import FlagReranker
-from transformers import pipeline
-query, documents, folder = "…", ["…", "…"], "final_model"  # or its name on the hub
-print(BertRerankerModel.from_pretrained(folder).rank(query, documents))
-pairs = [({formatted("query", query_format)}, {formatted("document", document_format)}) for document in documents]
-print(CrossEncoder(folder).predict(pairs))
-print(FlagReranker(folder, normalize=True, max_length={run.model.tokenizer.model_max_length}).compute_score(pairs))
-print(pipeline("text-classification", folder, truncation="only_second")([dict(text=q, text_pair=d) for q, d in pairs]))
-```
-
-## Training
-```
-{settings_lines}
-```
-"""
+    text = CARD.format(
+        metadata=metadata.to_yaml(),
+        title=title,
+        verdict=outcome.text,
+        query_format=query_format,
+        document_format=document_format,
+        query=formatted("query", query_format),
+        document=formatted("document", document_format),
+        max_length=run.model.tokenizer.model_max_length,
+        settings="\n".join(f"{key}: {value}" for key, value in settings.items()),
+    )
     (run.folder / "final_model" / "README.md").write_text(printable(text), "utf-8")
 
 
@@ -2972,7 +3166,8 @@ def log_outcome(run, text):
 
 
 def peak_memory(device):
-    """The most bytes that the GPU, or this process where there is none, has had in use; None where nobody tells."""
+    """The most bytes that the GPU, or this process where there is none, has had in use; None where
+    nobody tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform != "linux":
@@ -2990,8 +3185,9 @@ def end_run(run):
 
 # ---- train() and main() --------------------------------------------------------------------------
 def train(args: dict) -> dict:
-    """Fine-tune as `args` says (keys left out take their values in main()), or with 0 epochs evaluate alone. Returns
-    what run.json holds (not with 0 epochs) and, as "report", what eval_report.json holds (None without evaluation)."""
+    """Fine-tune as `args` says (keys left out take their values in main()), or with 0 epochs
+    evaluate alone. Returns what run.json holds (not with 0 epochs) and, as "report", what
+    eval_report.json holds (None without evaluation)."""
     args = check_settings(args)
     say(f"Training Args: {args}")
     seed_everything(args["seed"])
@@ -3044,8 +3240,9 @@ def train(args: dict) -> dict:
 
 
 def find_beginning(args, run_dir):
-    """(run.json of a run that ended and is asked for again, folder of a checkpoint), each or None, as the main process
-    finds them. UserError where this run could not write, or something would be lost."""
+    """(run.json of a run that ended and is asked for again, folder of a checkpoint), each or None,
+    as the main process finds them. UserError where this run could not write, or something would be
+    lost."""
     beginning = (None, None)
     if IS_MAIN_PROCESS:
         require_writable(run_dir)
@@ -3068,7 +3265,8 @@ def results_of(ended_run):
 
 
 def report_base(run):
-    """What train() returns where nothing is trained: the report on the model as it is, which is written and said."""
+    """What train() returns where nothing is trained: the report on the model as it is, which is
+    written and said."""
     [base] = run.progress.candidates
     report, *_ = judge([base], run.eval_data, run.metric, run.args)
     if IS_MAIN_PROCESS:
@@ -3079,7 +3277,8 @@ def report_base(run):
 
 
 def main():
-    """Edit the values of `args` and run. The comments, `# kinds: meaning`, are read too: keep them."""
+    """Edit the values of `args` and run. The comments, `# kinds: meaning`, are read too: keep
+    them."""
     args = {
         "model_name_or_path": "BAAI/bge-reranker-large",  # str: hub name or local folder of a reranker or plain encoder
         "revision": None,  # str | None: branch, tag or commit of the hub model
@@ -3117,15 +3316,18 @@ def main():
         "log_with": "tensorboard",  # "tensorboard" | "wandb" | None: where train/loss, train/lr, train/grad_norm go
     }
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside of training Ctrl-C ends a run at once, with no traceback
-    logging.set_verbosity_error()  # transformers prints names out of a checkpoint unescaped; the run tells what matters
+        # Outside of training Ctrl-C ends a run at once, with no traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # transformers prints names out of a checkpoint unescaped; the run tells what matters.
+    logging.set_verbosity_error()
     sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must not end a run
     try:
         train({**args, **parse_command_line(sys.argv[1:])})
     except (UserError, OSError) as error:  # a full disk, a folder without permission
         status = getattr(error, "exit_status", 1)
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
-            print(f"{'Error: ' * (status < 128)}{printable(error)}", file=sys.stderr)
+            is_stopped = status >= 128  # by a signal, which is no error
+            print(printable(error) if is_stopped else f"Error: {printable(error)}", file=sys.stderr)
         sys.exit(status)
     except RuntimeError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "by peer" not in str(error):
