@@ -423,11 +423,10 @@ def publish(run_dir):
 
 def replace_result(result, published, is_written):
     """Move a `result` to where it is `published`; remove an earlier run's where this run has not
-    written its own.
-
-    One that is written but not there any more was moved before a call was cut off."""
+    written its own."""
     is_there = result.exists()
-    if os.path.lexists(published) and (is_there or not is_written):
+    was_moved = is_written and not is_there  # by a call that was cut off
+    if os.path.lexists(published) and not was_moved:
         say(f"{published}, of an earlier run, is {'replaced' if is_there else 'removed'}.")
         remove(published)
     if is_there:
@@ -465,9 +464,8 @@ def find_ended_run(args, run_dir):
     if args["resume_from_checkpoint"] != "latest" or checkpoints_in(run_dir):
         return None
     settings = {key: value for key, value in args.items() if key not in NEUTRAL}
-    if changes(json.loads(ended.read_text("utf-8"))["args"], settings):
-        return None
-    return ended
+    is_same_run = not changes(json.loads(ended.read_text("utf-8"))["args"], settings)
+    return ended if is_same_run else None
 
 
 def find_checkpoint(args, run_dir):
@@ -1384,7 +1382,9 @@ def tie_groups(scores):
     is_first = np.append(True, falling[:-1] - falling[1:] > tolerance)  # of its group
 
     # Scores that lie dense, each within the tolerance of the next, are no endless tie: a group is
-    # cut again where it reaches 10 tolerances below its first score, 20, and so on.
+    # cut again at the first score that is 10 tolerances or more below its highest, 20, and so on.
+    # In tolerances: 0, -0.9, -1.8, … -20.7 would be one group of 24, and becomes two of 12 and 11,
+    # and a last one.
     group_of_place = np.cumsum(is_first) - 1
     below_first = falling[is_first][group_of_place] - falling
     is_first |= np.diff(np.floor(below_first / (10 * tolerance)), prepend=0) != 0
@@ -1438,9 +1438,10 @@ def average_precision(labels, scores):
     group_of_place = np.sort(group)
     before = places - 1 - rows_above[group_of_place]
 
-    # A relevant row at a place has above it the hits of the groups above, itself, and of the rows
-    # of its group that stand before it the share that is relevant among the others. Of 3 tied rows,
-    # 2 relevant, at place 3: 0 + 1 + 1.
+    # A relevant row at a place has as many hits down to it as the groups above hold, itself, and,
+    # of the rows of its own group before it, the share that is relevant among all others of the
+    # group. Of 3 tied rows with 2 relevant, at place 3: 0 + 1 + 2 · 1/2 = 2, for one other of two
+    # is relevant, and both stand before it. (The tests take the mean over all orders instead.)
     other_hits = hits[group_of_place] - 1
     other_rows = np.maximum(sizes[group_of_place] - 1, 1)
     hits_at_place = hits_above[group_of_place] + 1 + before * other_hits / other_rows
@@ -1514,13 +1515,14 @@ def jackknife_values(lists, labels, scores):
     ten such rests is 0.795. Their mean is 0.80, and their spread is that of average precision from
     sample to sample of queries."""
     groups = [np.concatenate(lists[first::100]) for first in range(min(100, len(lists)))]
-    rests = [0]
-    if len(groups) > 1:
-        rests = []
-        for rows in groups:
-            rests.append(average_precision(np.delete(labels, rows), np.delete(scores, rows)))
+    whole = average_precision(labels, scores)
+    if len(groups) == 1:  # without it there is nothing left
+        return np.array([whole])
+    rests = []
+    for rows in groups:
+        rests.append(average_precision(np.delete(labels, rows), np.delete(scores, rows)))
     taken_away = np.mean(rests) - rests
-    return average_precision(labels, scores) + (len(groups) - 1) * taken_away
+    return whole + (len(groups) - 1) * taken_away
 
 
 def measure(lists, labels, scores):
@@ -1921,11 +1923,11 @@ def remove_stale_caches(*kept):
 
 
 def claim_run_folder(run_dir, checkpoint, args):
-    """Empty the run's folder but for what this run goes on from."""
+    """Empty the run's folder but for what this run goes on from. UserError where another run has
+    written a checkpoint there since find_checkpoint() looked."""
     newest = checkpoints_in(run_dir)[-1:]
     is_known = newest == [] or (checkpoint and newest == [checkpoint.folder])
-    # A folder asked for by name may be older than the newest; find_checkpoint() has seen to the
-    # rest.
+    # A checkpoint that is asked for by name may well be older than the newest.
     may_be_older = args["resume_from_checkpoint"] not in (None, "latest")
     if not (is_known or may_be_older or args["overwrite_output_dir"]):
         raise UserError(
@@ -2212,7 +2214,7 @@ def load_checkpoint(folder, args, identity, record):
         reason = f"{type(error).__name__}: {str(error).partition('. ')[0]}"
         raise UserError(
             f"{folder} and the best weights beside it cannot be read: {reason}\n"
-            "(Of several machines each has to see output_dir.)"
+            "(Of several machines each has to see output_dir. An earlier version's is not read.)"
         ) from error
 
     before = {**checkpoint.identity, **checkpoint.args}
@@ -2264,6 +2266,10 @@ def scalars_of_step(loss, lr, grad_norm):
 
 
 # ---- Training step -------------------------------------------------------------------------------
+# With several processes each does its own micro-batches and adds up their gradient by itself
+# (no_sync). Its last backward exchanges the sums (trigger_sync_in_backward), and DDP divides them
+# by the number of processes P. So that a window of N samples has the mean of them all, a
+# micro-batch of B samples has the weight B / N, and each backward is of P times that.
 OUT_OF_MEMORY = (  # in the messages of CUDA and MPS, of cuBLAS, of the CPU's allocator
     "out of memory", "ALLOC_FAILED", "you tried to allocate",
 )  # fmt: skip
@@ -2309,7 +2315,6 @@ def forward_backward(run, micro_batches, window_size):
             output = run.wrapped(batch, dataset.labels[rows])
             loss = output["loss"] * weight
             if number < len(micro_batches):
-                # DDP takes the mean over them.
                 accelerator.backward(loss * accelerator.num_processes)
         losses.append(loss.detach())
         probabilities.append(output["logits"].detach().sigmoid().flatten())
@@ -2693,21 +2698,30 @@ def confidence_interval(differences, seed):
     return [float(mean - quantile * error), float(mean + quantile * error)]
 
 
+RESAMPLES = 1999  # the 1,900th of them in order is the 95 % quantile: (1,999 + 1) · 0.95
+
+
 def bootstrap_quantile(differences, error, seed):
-    """Within how many standard errors of the mean of `differences` [V] 95 % of 1,999 samples have
-    theirs; `error` is the standard error of the mean."""
+    """Within how many standard errors of the mean of `differences` [V] 95 % of the samples have
+    theirs; `error` is the standard error of that mean."""
     count = len(differences)
     differing = differences[np.abs(differences) > 1e-9]
-    values = np.append(differing, 0)  # all zeros are drawn as one value
+
+    # A sample draws `count` of the differences with replacement: how often it has each is
+    # multinomial. All zeros together count as one value: which of them is drawn changes no sum.
+    values = np.append(differing, 0)  # [D + 1]
     shares = np.append(np.full(len(differing), 1 / count), 1 - len(differing) / count)
-    # [samples, D + 1].
-    weights = np.random.default_rng(seed).multinomial(count, shares, 1999) / count
+    times_drawn = np.random.default_rng(seed).multinomial(count, shares, RESAMPLES)
+    weights = times_drawn / count  # [RESAMPLES, D + 1]
+
+    # Of each sample: how far its mean is off, and its own standard error.
     centred = values - differences.mean()
-    shifts = weights @ centred  # of the mean, in each sample
+    shifts = weights @ centred
     variances = weights @ centred**2 - shifts**2
     variances = np.maximum(variances, 1e-12 * error**2 + 1e-30)  # a sample of one value has none
     errors = np.sqrt(variances / (count - 1))
-    return np.sort(np.abs(shifts) / errors)[1899]
+    in_order = np.sort(np.abs(shifts) / errors)
+    return in_order[1900 - 1]
 
 
 def judge(candidates, dataset, metric, args):

@@ -135,8 +135,11 @@ def patched_backward(self, loss, **options):
     if os.environ["RANK"] == "1" and {where!r} == "synchronised backward" and models[0].require_backward_grad_sync:
         out_of_memory()
     return backward(self, loss, **options)
-models, step = [], script.backpropagate
-script.backpropagate = lambda accelerator, model, *rest: models.append(model) or step(accelerator, model, *rest)
+models, step = [], script.forward_backward
+def patched_forward_backward(run, *rest, **named):
+    models.append(run.wrapped)
+    return step(run, *rest, **named)
+script.forward_backward = patched_forward_backward
 model_class.forward, accelerator_class.backward = patched_forward, patched_backward
 train_window = script.train_window
 def patched_train_window(*arguments):
@@ -197,12 +200,16 @@ def test_where_the_device_has_a_memory_auto_is_the_largest_power_of_two_that_fit
     model, accelerator = BertRerankerModel.from_pretrained(TINY), train_bert_rerank.Accelerator(cpu=True)
     dataset = UserList(reranker.encode([("问" * 8, "答" * length) for length in range(10, 89)], 512))
     dataset.labels, dataset.lengths = torch.zeros(79), np.array([len(ids) for ids, *_ in dataset])
+    run = SimpleNamespace(  # what largest_micro_batch() needs of a Run
+        accelerator=accelerator, model=model, wrapped=model, train_data=dataset, samples_per_step=samples,
+        progress=SimpleNamespace(max_tokens=0),
+    )  # fmt: skip
     assert dataset.lengths.max() == 100
     monkeypatch.setattr(train_bert_rerank, "MICRO_BATCH_TOKENS", {})  # as if this device had a memory of its own
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**6, 10**6))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     passed = fails_above(limit, monkeypatch)
-    assert train_bert_rerank.largest_micro_batch(accelerator, model, dataset, samples) == found
+    assert train_bert_rerank.largest_micro_batch(run) == found
     assert sum(count for count, _ in passed) >= samples and all(count * width <= limit for count, width in passed)
     assert all(weight.grad is None for weight in model.parameters())
 

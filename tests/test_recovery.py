@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,10 +55,10 @@ def train_until(monkeypatch):
     def train_until(step, settings):
         original = train_bert_rerank.train_step
 
-        def dies(*arguments):
-            if arguments[-1]["step"] + 1 == step:
+        def dies(run, window):
+            if run.progress.step + 1 == step:
                 raise Killed
-            return original(*arguments)
+            return original(run, window)
 
         with monkeypatch.context() as patch:
             patch.setattr(train_bert_rerank, "train_step", dies)
@@ -285,18 +286,19 @@ def test_best_weights_stand_once_beside_the_checkpoints_and_those_in_use_are_nev
     folder, seen = tmp_path / "out" / "unfinished_run", []
     save = train_bert_rerank.save_checkpoint
 
-    def saving(*arguments):
-        save(*arguments)
+    def saving(run):
+        save(run)
         states = [torch.load(each / "state.pt", weights_only=True) for each in checkpoints_in(folder)]
         files = {int(each.stem[-8:]) for each in folder.glob("best_weights-*.pt")}
-        seen.append((len(files), len({state["best_step"] for state in states} - {0})))
-        assert {state["best_step"] for state in states} - {0} <= files and len(files) <= 2
-        assert all(state["best_weights"] is None for state in states)
+        best_steps = {state["progress"]["best_step"] for state in states} - {0}
+        seen.append((len(files), len(best_steps)))
+        assert best_steps <= files and len(files) <= 2
+        assert not any("best_weights" in state for state in states)
 
     monkeypatch.setattr(train_bert_rerank, "save_checkpoint", saving)
     quality = iter([0.5, 0.6, 0.4, 0.7, 0.8, 0.1, 0.2, 0.9, 0.3, 0.3])  # bests at steps 4, 8, 10 and 16
     evaluate = train_bert_rerank.evaluate
-    monkeypatch.setattr(train_bert_rerank, "evaluate", lambda *each: {**evaluate(*each), "quality": next(quality)})
+    monkeypatch.setattr(train_bert_rerank, "evaluate", lambda *each: replace(evaluate(*each), quality=next(quality)))
     run = train_bert_rerank.train({**settings, "epochs": 4, "lr": 1e-4, "base_interpolation": [], "eval_steps": 2,
                                    "save_steps": 1, "gradient_accumulation_steps": 5})
     assert len(seen) == 16 and run["report"]["history"][-1]["step"] == 16
@@ -305,7 +307,7 @@ def test_best_weights_stand_once_beside_the_checkpoints_and_those_in_use_are_nev
 def test_a_checkpoint_holds_no_code_and_one_that_does_is_refused_unread(settings, train_until, tmp_path):
     train_until(4, settings)
     state = tmp_path / "out" / "unfinished_run" / "checkpoint-00000002" / "state.pt"
-    assert torch.load(state, weights_only=True)["step"] == 2
+    assert torch.load(state, weights_only=True)["progress"]["step"] == 2
 
     class Harmful:
         def __reduce__(self):
@@ -643,16 +645,16 @@ def test_weights_and_optimizer_stay_as_they_are_in_a_step_that_is_not_finite(
                 "epochs": 1, "eval_dataset": None}  # fmt: skip
     original, same = train_bert_rerank.train_step, []
 
-    def step(accelerator, wrapped, optimizer, *rest):
+    def step(run, window):
         def snapshot():
-            states = [value for state in optimizer.state.values() for value in state.values()]
-            return [each.clone() for each in [*wrapped.parameters(), *states]]
+            states = [value for state in run.optimizer.state.values() for value in state.values()]
+            return [each.clone() for each in [*run.wrapped.parameters(), *states]]
 
         before = snapshot()
-        stopped = original(accelerator, wrapped, optimizer, *rest)
+        stopped = original(run, window)
         after = snapshot()
         same.append(len(before) == len(after) and all(map(torch.equal, before, after)))
-        assert all(weight.grad is None for weight in wrapped.parameters())
+        assert all(weight.grad is None for weight in run.wrapped.parameters())
         return stopped
 
     monkeypatch.setattr(train_bert_rerank, "train_step", step)
@@ -673,7 +675,8 @@ def test_three_bad_steps_in_a_row_end_the_run_and_the_last_good_checkpoint_stand
     assert re.findall(r"WARNING !!! step (\d+) is not applied", capsys.readouterr().out) == ["3", "4", "5"]
     [*_, last] = checkpoints_in(tmp_path / "out" / "unfinished_run")
     state = torch.load(last / "state.pt", weights_only=True)
-    assert state["step"] == 2 and state["bad_steps"] == 0  # though one was due after the fourth
+    assert state["progress"]["step"] == 2  # though one was due after the fourth
+    assert state["progress"]["bad_steps"] == 0
     assert all(weight.isfinite().all() for weight in state["model"].values())
     with pytest.raises(UserError, match="three steps in a row"):
         train_bert_rerank.train({**settings, **RESUME})
@@ -731,10 +734,10 @@ def test_a_disk_that_fills_up_costs_one_checkpoint_and_the_run_goes_on_when_ther
     train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "whole")})
     original, usage = train_bert_rerank.save_checkpoint, shutil.disk_usage
 
-    def save(*arguments):
-        if arguments[-1]["step"] == 4:  # somebody else needs the room
+    def save(run):
+        if run.progress.step == 4:  # somebody else needs the room
             (disk / "other").write_bytes(bytes(usage(disk).free - 8_000_000))
-        original(*arguments)
+        original(run)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_bert_rerank, "save_checkpoint", save)

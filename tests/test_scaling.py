@@ -168,11 +168,11 @@ def patched_prepare(*arguments):
 def patched_forward(self, *arguments):
     counts[0] += self.training
     return forward(self, *arguments)
-def patched_train_window(accelerator, model, dataset, window, *rest):
+def patched_train_window(run, window, seed):
     counts[:] = 0, 0
-    result = train_window(accelerator, model, dataset, window, *rest)
+    result = train_window(run, window, seed)
     os.write(1, b"rank %d, rows %d of %d, forwards %d, synchronised %d\\n" % (
-        accelerator.process_index, len(result[1]), len(window), *counts))
+        run.accelerator.process_index, len(result.rows), len(window), *counts))
     return result
 accelerator_class.prepare, model_class.forward, script.train_window = (
     patched_prepare, patched_forward, patched_train_window)

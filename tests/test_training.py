@@ -132,9 +132,9 @@ def test_each_step_is_that_of_a_plain_loop(without_dropout, tmp_path, write_json
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("accelerator.backward(loss * accel", "accelerator.backward(loss * 8 * accel"),
-        ("accelerator.backward(loss * accel", "accelerator.backward(loss / 8 * accel"),
-        ("else len(indices) / window_size)", "else len(indices) / 8)"),
+        ('loss = output["loss"] * weight', 'loss = output["loss"] * weight * 8'),
+        ('loss = output["loss"] * weight', 'loss = output["loss"] * weight / 8'),
+        ("0.0 if is_idle else len(rows) / window_size", "0.0 if is_idle else len(rows) / 8"),
     ],
     ids=["loss x 8", "loss / 8", "last window divided by the full size"],
 )

@@ -13,12 +13,13 @@ from train_bert_rerank import (
     METRICS,
     ROW,
     BertRerankerModel,
+    Candidate,
     candidate_lists,
     confidence_interval,
     cross_fit,
+    fill_in,
     host_copy,
     judge,
-    measure,
     metric_values,
     set_weights,
 )
@@ -54,12 +55,9 @@ def scores_of(places):
 
 def candidate_of(dataset, scores, step=1, base_interpolation=0.0):
     """What evaluate() returns for such scores."""
-    scores = np.array(scores, dtype=float)
-    metrics, _ = measure(dataset.lists, dataset.labels.numpy(), scores)
-    return {
-        "step": step, "epoch": step, "base_interpolation": base_interpolation, "scores": scores, "metrics": metrics,
-        "values": values_of(dataset, scores), "quality": round(metrics[dataset.metric], 9),
-    }  # fmt: skip
+    candidate = Candidate(step, step, base_interpolation, torch.tensor(np.array(scores, dtype=float)))
+    fill_in(candidate, dataset, dataset.metric)
+    return candidate
 
 
 def values_of(dataset, scores):
@@ -70,7 +68,7 @@ def judged(dataset, base, *fine_tuned, **args):
     """judge() of a base and candidates given as scores, from step 1 on: (report, best candidate, what is kept)."""
     base = candidate_of(dataset, base, step=0)
     candidates = [candidate_of(dataset, scores, step) for step, scores in enumerate(fine_tuned, start=1)]
-    report, best, after = judge([base, *candidates], dataset, {**ARGS, **args})
+    report, best, after = judge([base, *candidates], dataset, dataset.metric, {**ARGS, **args})
     assert any(best is each for each in candidates) and (after is best or after is base)
     return report, best, after
 
@@ -154,7 +152,7 @@ def test_average_precision_is_compared_by_groups_of_queries(generator, count):
     base, tuned = labels + generator.standard_normal((2, count)) * [[3], [0.5]]
     differences = differences_of(dataset, base, tuned)
     assert len(differences) == min(100, count)
-    before, after = (candidate_of(dataset, each)["metrics"]["average_precision"] for each in (base, tuned))
+    before, after = (candidate_of(dataset, each).metrics["average_precision"] for each in (base, tuned))
     assert differences.mean() == pytest.approx(after - before)  # the gain as a whole
 
 
@@ -260,7 +258,7 @@ def test_a_row_a_query_has_a_verdict_too_with_twenty_rows_of_each_kind(generator
     assert report["before"]["ndcg@10"] is None and report["delta"]["mean"] > 0
     assert report["delta"]["queries_up"] is report["delta"]["queries_down"] is None  # a single row ranks nothing
     worse, *_, after = judged(dataset_of(labels.tolist(), [1] * len(labels), "average_precision"), tuned, base)
-    assert (worse["verdict"], after["step"]) == (("worse", 0) if verdict == "better" else ("too few", 1))
+    assert (worse["verdict"], after.step) == (("worse", 0) if verdict == "better" else ("too few", 1))
 
 
 # ---- What is kept ----------------------------------------------------------------------------------------------------
@@ -272,7 +270,7 @@ def test_the_base_is_kept_where_twenty_queries_or_more_rank_below_it(count, load
     dataset = queries_of(count)
     base, worst, bad = scores_of([1] * count), scores_of([5] * count), scores_of([2] * count)
     report, best, after = judged(dataset, base, worst, bad, load_best_model_at_end=load_best_model_at_end)
-    assert best["step"] == 2 and np.array_equal(after["scores"], base if kept == "base" else bad)
+    assert best.step == 2 and np.array_equal(after.scores, base if kept == "base" else bad)
     assert report["chosen"] == ("base" if kept == "base" else {"step": 2, "base_interpolation": 0.0})
     assert report["before"]["mrr@10"] == 1 and report["fine_tuned"]["mrr@10"] == 0.5
     assert report["after"] == (report["before"] if kept == "base" else report["fine_tuned"])
@@ -290,9 +288,9 @@ def test_the_best_candidate_is_kept_and_of_equals_the_first_which_is_mixed_least
     evaluations = [candidate_of(dataset, scores_of([place] * 40), step) for step, place in ((1, 4), (2, 2), (3, 3))]
     mixtures = [candidate_of(dataset, 9 * scores_of([place] * 40), 2, mix) for place, mix in ((2, 0.25), (2, 0.5))]
     better = candidate_of(dataset, scores_of([1] * 40), 2, 0.75)
-    report, best, after = judge([base, *evaluations, *mixtures], dataset, ARGS)
+    report, best, after = judge([base, *evaluations, *mixtures], dataset, dataset.metric, ARGS)
     assert best is after is evaluations[1] and report["chosen"] == {"step": 2, "base_interpolation": 0.0}
-    report, best, after = judge([base, *evaluations, *mixtures, better], dataset, ARGS)
+    report, best, after = judge([base, *evaluations, *mixtures, better], dataset, dataset.metric, ARGS)
     assert best is after is better and report["chosen"] == {"step": 2, "base_interpolation": 0.75}
     assert [point["step"] for point in report["history"]] == [0, 1, 2, 3]  # mixtures are no points in training
 
@@ -300,9 +298,9 @@ def test_the_best_candidate_is_kept_and_of_equals_the_first_which_is_mixed_least
 def test_the_base_alone_is_judged_as_itself():
     dataset = queries_of(40)
     base = candidate_of(dataset, scores_of([1, 2] * 20), step=0)
-    report, best, after = judge([base], dataset, {**ARGS, "epochs": 0})
+    report, best, after = judge([base], dataset, dataset.metric, {**ARGS, "epochs": 0})
     assert best is after is base and (report["chosen"], report["verdict"]) == ("base", "too few")
-    assert report["before"] == report["after"] == report["fine_tuned"] == base["metrics"]
+    assert report["before"] == report["after"] == report["fine_tuned"] == base.metrics
     assert len(report["history"]) == 1 and report["delta"]["mean"] == 0
 
 
@@ -347,7 +345,7 @@ def test_the_threshold_is_a_probability_that_yields_the_best_f1_of_what_is_kept(
     good = scores_of([1] * 30) + np.repeat(generator.standard_normal(30), ROWS)
     bad = 3 * generator.standard_normal(150) + 2
     report, _, after = judged(dataset, *((good, bad) if kept == "base" else (bad, good)))
-    assert np.array_equal(after["scores"], good) and 0.2 < report["after"]["best_f1"] < 1
+    assert np.array_equal(after.scores, good) and 0.2 < report["after"]["best_f1"] < 1
     relevant, taken = dataset.labels.numpy() == 1, torch.from_numpy(good).sigmoid().numpy() >= report["threshold"]
     assert 2 * (relevant & taken).sum() / (relevant.sum() + taken.sum()) == pytest.approx(report["after"]["best_f1"])
 
