@@ -7,10 +7,10 @@ bge-reranker-large's shape (24 layers, 1,024 wide, a vocabulary of 250,002) with
 bf16, on rows of Cranfield, or without --data on the default ones, which are Chinese and shorter.
 The parts; --parts chooses among them:
 
-training    pairs/s of ours as it comes and with micro_batch_tokens "auto", of sentence-transformers,
-            FlagEmbedding, transformers' Trainer and a plain loop. 16 and 64 samples a step, the
-            peers in batches as our defaults have them and in batches as large as a step; then ours
-            on rows of 512 tokens
+training    pairs/s of ours as it comes and with micro_batch_tokens "auto", of
+            sentence-transformers, FlagEmbedding, transformers' Trainer and a plain loop. 16 and 64
+            samples a step, the peers in batches as our defaults have them and in batches as large
+            as a step; then ours on rows of 512 tokens
 profile     where the time of a step of 16 samples goes, with the default bound and with "auto"
 overhead    what a run spends besides training
 prediction  predict() beside CrossEncoder and FlagReranker in fp32, bf16 and fp16, scores compared
@@ -18,16 +18,16 @@ bits        whether two runs on tiny_reranker leave the same bits, in bf16
 
 A run of the first part takes eight steps, two of them to warm up, fewer where --rows does not
 suffice; it is measured from outside, as train_throughput.py says. Processes import at the same time
-and work one after the other. What is missing, a peer or an option of it, is left out, and what takes
-longer than --minutes is cut off; the report says what.
+and work one after the other. What is missing, a peer or an option of it, is left out, and what
+takes longer than --minutes is cut off; the report says what.
 
---output gets report.md, written anew after each result, results.jsonl, a line for each, log.txt, all
-that the processes print, and a trace of each profiled step, for chrome://tracing or Perfetto.
+--output gets report.md, written anew after each result, results.jsonl, a line for each, log.txt,
+all that the processes print, and a trace of each profiled step, for chrome://tracing or Perfetto.
 --packages is a folder of wheels, for a machine without a network: they are installed for this
 command alone. Temporary files take up to 25 GB, in TMPDIR.
 
-A rehearsal computes in fp32, unless --precision says otherwise, with a model 256 wide: it shows that
-everything runs, and its figures say nothing about a GPU.
+A rehearsal computes in fp32, unless --precision says otherwise, with a model 256 wide: it shows
+that everything runs, and its figures say nothing about a GPU.
 """
 
 import argparse
@@ -45,12 +45,19 @@ from contextlib import ExitStack, suppress
 from datetime import date
 from pathlib import Path
 
-WORKER = Path(__file__).with_name("gpu_worker.py")
 MARK = "gpu.py: "  # what the lines of gpu_worker.py that are for this process begin with
+# On recent cards PyTorch prefers cuDNN's attention, which plans anew for each shape of a batch. A
+# long run spreads that cost, eight steps cannot: all processes but one ask for another attention.
+NO_CUDNN = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
+OWN_CHOICE = "plain loop, attention as PyTorch chooses it"
+
+
+# ---- What is to be done --------------------------------------------------------------------------
 PARTS = ("training", "profile", "overhead", "prediction", "bits")
-SPLITS = {16: ((2, 8), (16, 1)), 64: ((8, 8), (64, 1))}  # samples of a step: batch, accumulation
-STEPS, WARM_UP = 8, 2
-HANGS_AFTER = 150  # seconds of a job
+STEPS = 8
+WARM_UP = 2
+LIKE_THE_DEFAULTS = {16: (2, 8), 64: (8, 8)}  # samples of a step: batch, accumulation
+LARGE_BATCHES = {16: (16, 1), 64: (64, 1)}
 PEERS = {  # process: its contenders, of train_throughput.py
     "sentence-transformers": ("st",),
     "FlagEmbedding": ("flag",),
@@ -58,11 +65,7 @@ PEERS = {  # process: its contenders, of train_throughput.py
     "plain loop": ("plain",),
 }
 LAST_PEERS = {"Trainer, other samplings": ("grouped", "random")}  # where time is left
-# On recent cards PyTorch prefers cuDNN's attention, which plans anew for each shape of a batch. A
-# long run spreads that cost, eight steps cannot: all processes but one ask for another attention.
-NO_CUDNN = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
-OWN_CHOICE = "plain loop, attention as PyTorch chooses it"
-TITLES = {  # here once more: train_throughput.py imports torch, for which this process does not wait
+TITLES = {  # as in train_throughput.py, which imports torch: this process does not wait for that
     "ours": "train_bert_rerank.py",
     "auto": 'the same, `micro_batch_tokens="auto"`',
     "st": "sentence-transformers",
@@ -74,7 +77,6 @@ TITLES = {  # here once more: train_throughput.py imports torch, for which this 
 }
 
 
-# ---- What is to be done ----------------------------------------------------------------------------
 class Planner:
     """Makes the jobs of the processes: dicts as gpu_worker.py takes them."""
 
@@ -85,7 +87,7 @@ class Planner:
         for key in ("all", "one step", "16", "64", "long"):
             self.files[key] = f"{folder}/{key}.jsonl"
         self.steps = {}  # of a run, by the samples of a step
-        for samples in SPLITS:
+        for samples in LIKE_THE_DEFAULTS:
             self.steps[samples] = min(STEPS, options.rows // samples)
 
     def plan(self):
@@ -98,7 +100,7 @@ class Planner:
         if "training" in self.options.parts:
             for process, contenders in PEERS.items():
                 jobs[process] = self.training_of_peers(contenders)
-            jobs[OWN_CHOICE] = [self.training("plain", 16, (2, 8), "16", title=OWN_CHOICE)]
+            jobs[OWN_CHOICE] = self.training_with_own_attention()
         if "overhead" in self.options.parts:
             jobs["overhead"] = self.overhead()
         if "prediction" in self.options.parts:
@@ -112,77 +114,135 @@ class Planner:
 
     def job(self, kind, **more):
         """A job for the function `kind` of gpu_worker.py."""
-        bf16 = self.options.precision == "bf16"
-        return {"kind": kind, "folder": self.folder, "model": f"{self.folder}/model", "bf16": bf16,
-                **more}  # fmt: skip
+        return {
+            "kind": kind,
+            "folder": self.folder,
+            "model": f"{self.folder}/model",
+            "bf16": self.options.precision == "bf16",
+            **more,
+        }
 
     def preparation(self):
         options = self.options
-        data = options.data and os.path.abspath(options.data)
-        prepare = self.job("prepare", data=data, row_count=options.rows, files=self.files,
-                           steps=self.steps, layers=options.layers, width=options.width,
-                           device=options.device)  # fmt: skip
+        prepare = self.job(
+            "prepare",
+            data=options.data and os.path.abspath(options.data),
+            row_count=options.rows,
+            files=self.files,
+            steps=self.steps,
+            layers=options.layers,
+            width=options.width,
+            device=options.device,
+        )
         return [prepare, self.job("rate")]
 
-    def training(self, contender, samples, split, rows, title=None):
+    def training(self, contender, split, is_long=False):
+        """A contender's run: batches of `split`, (batch, accumulation), on rows as they are or long
+        ones."""
         batch_size, accumulation = split
+        samples = batch_size * accumulation
         steps = self.steps[samples]
-        return self.job("train", contender=contender, samples=samples, steps=steps,
-                        title=title or TITLES[contender],
-                        warm_up=min(WARM_UP, steps - 1), batch_size=batch_size,
-                        accumulation=accumulation, rows=self.files[rows],
-                        is_long=rows == "long")  # fmt: skip
+        return self.job(
+            "train",
+            contender=contender,
+            samples=samples,
+            steps=steps,
+            title=TITLES[contender],
+            warm_up=min(WARM_UP, steps - 1),
+            batch_size=batch_size,
+            accumulation=accumulation,
+            rows=self.files["long" if is_long else str(samples)],
+            is_long=is_long,
+        )
 
     def training_of_ours(self):
         jobs = []
-        for samples, rows in ((16, "16"), (64, "64"), (64, "long")):
-            like_the_defaults, _ = SPLITS[samples]
+        for samples, is_long in ((16, False), (64, False), (64, True)):
             for contender in ("ours", "auto"):
-                jobs.append(self.training(contender, samples, like_the_defaults, rows))
+                jobs.append(self.training(contender, LIKE_THE_DEFAULTS[samples], is_long))
         return jobs
 
     def training_of_peers(self, contenders):
         jobs = []
         for contender in contenders:
-            for samples, splits in SPLITS.items():
-                for split in splits:
-                    jobs.append(self.training(contender, samples, split, str(samples)))
+            for samples in LIKE_THE_DEFAULTS:
+                jobs.append(self.training(contender, LIKE_THE_DEFAULTS[samples]))
+                jobs.append(self.training(contender, LARGE_BATCHES[samples]))
         return jobs
 
+    def training_with_own_attention(self):
+        job = self.training("plain", LIKE_THE_DEFAULTS[16])
+        job["title"] = OWN_CHOICE
+        return [job]
+
     def profile(self):
+        batch_size, accumulation = LIKE_THE_DEFAULTS[16]
+        output = os.path.abspath(self.options.output)
         jobs = []
         for name, bound in (("default", None), ("auto", "auto")):
-            trace = os.path.abspath(f"{self.options.output}/{name}.trace.json.gz")
-            jobs.append(self.job("profile", name=name, micro_batch_tokens=bound, batch_size=2,
-                                 accumulation=8, rows=self.files["one step"], trace=trace,
-                                 embeddings=(250_002, self.options.width)))  # fmt: skip
+            job = self.job(
+                "profile",
+                name=name,
+                micro_batch_tokens=bound,
+                batch_size=batch_size,
+                accumulation=accumulation,
+                rows=self.files["one step"],
+                trace=f"{output}/{name}.trace.json.gz",
+                embeddings=(250_002, self.options.width),
+            )
+            jobs.append(job)
         return jobs
 
     def overhead(self):
-        return [self.job("overhead", micro_batch_tokens="auto", batch_size=2, accumulation=8,
-                         rows=self.files["16"], eval_rows=self.files["all"])]  # fmt: skip
+        batch_size, accumulation = LIKE_THE_DEFAULTS[16]
+        job = self.job(
+            "overhead",
+            micro_batch_tokens="auto",
+            batch_size=batch_size,
+            accumulation=accumulation,
+            rows=self.files["16"],
+            eval_rows=self.files["all"],
+        )
+        return [job]
 
     def prediction(self):
-        rows, rounds = self.files["all"], 2
+        rows = self.files["all"]
+        rounds = 2
         if self.options.device == "cpu":  # some processors have no half precision of their own
-            rows, rounds = self.files["one step"], 1
+            rows = self.files["one step"]
+            rounds = 1
+
         jobs = []
         for precision in ("fp32", "bf16", "fp16"):
-            jobs.append(self.job("predict", name=precision, precision=precision, rows=rows,
-                                 rounds=rounds, reference=f"{self.folder}/logits.npy"))  # fmt: skip
+            job = self.job(
+                "predict",
+                name=precision,
+                precision=precision,
+                rows=rows,
+                rounds=rounds,
+                reference=f"{self.folder}/logits.npy",
+            )
+            jobs.append(job)
         return jobs
 
 
-# ---- Processes -------------------------------------------------------------------------------------
+# ---- Processes -----------------------------------------------------------------------------------
+WORKER = Path(__file__).with_name("gpu_worker.py")
+HANGS_AFTER = 150  # seconds of a job
+
+
 def install(wheels, folder):
     """Install the wheels of one folder into another; returns why it failed, or None."""
     paths = sorted(map(str, Path(wheels).glob("*.whl")))
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps",
-               "--no-compile", "--target", folder, *paths]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or [f"pip ended with status {done.returncode}"])[0]
-    return None
+    pip = [sys.executable, "-m", "pip", "install"]
+    how = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--target", folder]
+    done = subprocess.run([*pip, *how, *paths], capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    said = done.stderr.strip().splitlines()
+    if said:
+        return said[0]
+    return f"pip ended with status {done.returncode}"
 
 
 def environment(name, options, packages):
@@ -209,9 +269,15 @@ class Process:
         specification = Path(folder, f"{name}.json")
         specification.write_text(json.dumps({"name": name, "jobs": jobs}), "utf-8")
         command = [sys.executable, str(WORKER), str(specification)]
-        self.process = subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, text=True,
-                                        stdout=subprocess.PIPE, stderr=log,
-                                        start_new_session=True)  # fmt: skip
+        self.process = subprocess.Popen(
+            command,
+            env=variables,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,  # so that end() reaches its own children too
+        )
         self.told = queue.Queue()  # its answers; None: it has ended
         threading.Thread(target=self.listen, args=(log,), daemon=True).start()
 
@@ -246,7 +312,9 @@ class Process:
     def wait_for_imports(self, deadline):
         """Until it has imported; returns what it could not import, as text."""
         answer = self.next_answer(deadline, patience=math.inf)
-        return "; ".join(answer.get("missing", [])) or answer.get("error")
+        if "error" in answer:
+            return answer["error"]
+        return "; ".join(answer["missing"])
 
     def work(self, deadline):
         """Let it work; yields each job with its answer."""
@@ -264,7 +332,48 @@ class Process:
         self.process.wait()
 
 
-# ---- The report ------------------------------------------------------------------------------------
+# ---- The report ----------------------------------------------------------------------------------
+REHEARSAL = (
+    "**A rehearsal on a CPU. The figures say nothing about a GPU; card and kernels stand for the "
+    "processor and its operations.**"
+)
+ABOUT_TRAINING = (
+    f"{NO_CUDNN}=1 but in the row that says otherwise. The share of matrix products counts real "
+    "tokens only, in all layers."
+)
+TRAINING_COLUMNS = [
+    "samples a step",
+    "contender",
+    "batch × accumulation",
+    "pairs/s",
+    "ours / it",
+    "auto / it",
+    "padding efficiency",
+    "micro-batches a step",
+    "share of matrix products",
+    "peak memory",
+    "rows",
+]
+ABOUT_SECTIONS = (
+    "Milliseconds. Processor: time in this section without the sections inside it, longer than "
+    "usual under the profiler. Waits: of this, blocked on the card. Card: run time of the kernels "
+    "that the section launched."
+)
+ABOUT_SCORES = (
+    "Scores: the largest difference of a logit from ours in fp32, in standard deviations of ours, "
+    "over the pairs that nobody cuts. With random weights, half precision moves scores further "
+    "than it would a trained model's."
+)
+PREDICTION_COLUMNS = [
+    "precision",
+    "",
+    "pairs/s",
+    "ours / it",
+    "largest difference",
+    "pairs compared",
+]
+
+
 class Report:
     """What was found so far: a line for each result, and all of it as Markdown."""
 
@@ -303,12 +412,12 @@ class Report:
 
     def answers(self, kind, **wanted):
         """[(job, answer)] of the jobs of a kind that have these values and did not fail."""
-        found = []
+        answers = []
         for _, job, answer in self.results:
             is_wanted = job["kind"] == kind and wanted.items() <= job.items()
             if is_wanted and "error" not in answer:
-                found.append((job, answer))
-        return found
+                answers.append((job, answer))
+        return answers
 
     def text(self):
         """The report as Markdown."""
@@ -329,29 +438,28 @@ class Report:
         """Date, machine, versions, model and rows."""
         lines = []
         if self.options.device == "cpu":
-            lines += ["**A rehearsal on a CPU. The figures say nothing about a GPU; card and kernels stand "
-                      "for the processor and its operations.**", ""]  # fmt: skip
+            lines += [REHEARSAL, ""]
         for _, facts in self.answers("prepare"):
-            versions = []
-            for package, version in facts["versions"].items():
-                versions.append(f"{package} {version or 'missing'}")
-            source = "Cranfield" if self.options.data else "default"
-            lines += [
-                f"{date.today()}, {facts['device']}, {facts['processor']}, Python {facts['python']}; "
-                + ", ".join(versions) + f"; train_bert_rerank.py {facts['script']}.",
-                f"{self.options.layers} layers, {self.options.width} wide, "
-                f"{facts['parameters'] / 1e6:.0f} M parameters, {self.options.precision}; "
-                f"{self.options.rows} {source} rows of {facts['tokens']:.0f} tokens on average.",
-            ]  # fmt: skip
+            lines += [machine_line(facts), self.model_line(facts)]
         for _, answer in self.answers("rate"):
             rate = answer["operations_a_second"] / 1e12
             lines.append(f"Matrix products in this precision reach {rate:.2f} TFLOP/s.")
         lines.append("Every run was measured once.")
         return lines
 
+    def model_line(self, facts):
+        """Model and rows."""
+        options = self.options
+        source = "Cranfield" if options.data else "default"
+        return (
+            f"{options.layers} layers, {options.width} wide, "
+            f"{facts['parameters'] / 1e6:.0f} M parameters, {options.precision}; "
+            f"{options.rows} {source} rows of {facts['tokens']:.0f} tokens on average."
+        )
+
     def training_table(self):
         """Contenders side by side, those with the same samples a step one after the other."""
-        lines = []
+        rows = []
         for samples, is_long in ((16, False), (64, False), (64, True)):
             runs = self.answers("train", samples=samples, is_long=is_long)
             rates = {}  # of ours
@@ -359,112 +467,109 @@ class Report:
                 if job["contender"] in ("ours", "auto"):
                     rates[job["contender"]] = answer["rate"]
             for job, answer in runs:
-                lines.append(self.training_row(job, answer, rates))
-        if lines:
-            lines = ["", "### Training", "",
-                     f"{NO_CUDNN}=1 but in the row that says otherwise. The share of matrix products "
-                     "counts real tokens only, in all layers.", "",
-                     "| samples a step | contender | batch × accumulation | pairs/s | ours / it | "
-                     "auto / it | padding efficiency | micro-batches a step | "
-                     "share of matrix products | peak memory | rows |",
-                     "| --- " * 11 + "|", *lines]  # fmt: skip
-        return lines
+                rows.append(self.training_row(job, answer, rates))
+        if not rows:
+            return []
+        return ["", "### Training", "", ABOUT_TRAINING, "", *table(TRAINING_COLUMNS, rows)]
 
     def training_row(self, job, answer, rates):
         """A contender's row; `rates` has those of ours for the same rows."""
-        samples = f"{job['samples']}, of 512 tokens" if job["is_long"] else str(job["samples"])
-        split = f"{job['batch_size']} × {job['accumulation']}"
+        samples = str(job["samples"])
+        if job["is_long"]:
+            samples += ", of 512 tokens"
         ratios = []
         for name in ("ours", "auto"):
             ratios.append(f"{rates[name] / answer['rate']:.2f}" if name in rates else "–")
         share = "–"
         for _, peak in self.answers("rate"):
             share = f"{answer['flops'] / peak['operations_a_second']:.1%}"
-        memory = f"{answer['memory'] / 2**30:.1f} GiB" if answer["memory"] else "–"
-        cells = [samples, job["title"], split, f"{answer['rate']:.1f}", *ratios,
-                 f"{answer['padding']:.3f}", f"{answer['micro_batches']:.1f}", share, memory,
-                 answer["taken"]]  # fmt: skip
-        return f"| {' | '.join(cells)} |"
+        memory = "–"
+        if answer["memory"]:
+            memory = f"{answer['memory'] / 2**30:.1f} GiB"
+        return [
+            samples,
+            job["title"],
+            split_of(job),
+            f"{answer['rate']:.1f}",
+            *ratios,
+            f"{answer['padding']:.3f}",
+            f"{answer['micro_batches']:.1f}",
+            share,
+            memory,
+            answer["taken"],
+        ]
 
     def section_table(self):
         """Where the time of a step goes, the bounds side by side."""
         profiles = self.answers("profile")
         if not profiles:
             return []
-        lines = ["", "### Where a step of 16 samples goes", "",
-                 "Milliseconds. Processor: time in this section without the sections inside it, longer "
-                 "than usual under the profiler. Waits: of this, blocked on the card. Card: run time of "
-                 "the kernels that the section launched.", "",
-                 "| |" + "".join(f" {job['name']}: processor | waits | card |" for job, _ in profiles),
-                 "| --- " * (1 + 3 * len(profiles)) + "|"]  # fmt: skip
+        columns = [""]
+        for job, _ in profiles:
+            columns += [f"{job['name']}: processor", "waits", "card"]
+        rows = []
         for name in profiles[0][1]["sections"]:
-            cells = []
+            rows.append([name])
             for _, answer in profiles:
-                cells += [f"{value:.2f}" for value in answer["sections"][name]]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        embeddings, whole = [], []
+                rows[-1] += two_digits(answer["sections"][name])
+        rows += self.last_section_rows(profiles)
+
+        lines = ["", "### Where a step of 16 samples goes", "", ABOUT_SECTIONS, ""]
+        lines += [*table(columns, rows), ""]
+        for job, answer in profiles:
+            lines.append(idle_line(job, answer))
+        return lines
+
+    def last_section_rows(self, profiles):
+        """The embeddings' gradient, which is a part of backward, and the sums."""
+        embeddings = ["of backward: the embeddings' gradient"]
+        whole = ["the whole step"]
         for _, answer in profiles:
             waits = sum(waits for _, waits, _ in answer["sections"].values())
-            embeddings += ["", "", f"{answer['embedding']:.2f}"]
-            whole += [f"{answer['step']:.2f}", f"{waits:.2f}", f"{answer['busy']:.2f}"]
-        lines.append(f"| of backward: the embeddings' gradient | {' | '.join(embeddings)} |")
-        lines.append(f"| the whole step | {' | '.join(whole)} |")
-        lines.append("")
-        for job, answer in profiles:
-            seconds = answer["seconds"]
-            idle = max(0.0, 1 - answer["busy"] / 1000 / seconds)
-            lines.append(
-                f"- {job['name']}: {answer['micro_batches']} micro-batches, {seconds * 1000:.1f} ms "
-                f"without the profiler (the median of three); the card is idle for {idle:.0%} of "
-                f"that; {answer['count']} kernels."
-            )
-        return lines
+            embeddings += ["", "", *two_digits([answer["embedding"]])]
+            whole += two_digits([answer["step"], waits, answer["busy"]])
+        return [embeddings, whole]
 
     def kernel_tables(self):
         """The kernels that take longest."""
+        columns = ["kernel", "ms", "times", "share of the card's time"]
         lines = []
         for job, answer in self.answers("profile"):
-            lines += ["", f"The kernels that take longest, {job['name']}:", "",
-                      "| kernel | ms | times | share of the card's time |",
-                      "| --- | --- | --- | --- |"]  # fmt: skip
+            rows = []
             for name, duration, count in answer["kernels"]:
                 share = duration / answer["busy"]
-                lines.append(f"| `{shortened(name)}` | {duration:.2f} | {count} | {share:.1%} |")
+                cells = [f"`{shortened(name)}`", f"{duration:.2f}", str(count), f"{share:.1%}"]
+                rows.append(cells)
+            lines += ["", f"The kernels that take longest, {job['name']}:", ""]
+            lines += table(columns, rows)
         return lines
 
     def overhead_table(self):
         """What a run spends besides training."""
         lines = []
         for _, answer in self.answers("overhead"):
-            steps, seconds = answer["steps"], answer["seconds"]
-            lines += ["", f"### A run of {steps} steps, {seconds:.1f} s in all", "",
-                      f"An evaluation scores {answer['evaluated']} rows.", "",
-                      "| | times | seconds |", "| --- | --- | --- |"]  # fmt: skip
+            rows = []
             for name, (count, seconds) in answer["spent"].items():
-                lines.append(f"| {name} | {count} | {seconds:.2f} |")
+                rows.append([name, str(count), f"{seconds:.2f}"])
+            title = f"A run of {answer['steps']} steps, {answer['seconds']:.1f} s in all"
+            lines += ["", f"### {title}", ""]
+            lines += [f"An evaluation scores {answer['evaluated']} rows.", ""]
+            lines += table(["", "times", "seconds"], rows)
         return lines
 
     def prediction_table(self):
         """Prediction by precision."""
-        lines = []
-        for job, answer in self.answers("predict"):
-            if not lines:
-                lines = ["", "### Prediction", "",
-                         f"{answer['pairs']} pairs, the median of {job['rounds']} rounds. Scores: the "
-                         "largest difference of a logit from ours in fp32, in standard deviations of "
-                         "ours, over the pairs that nobody cuts. With random weights, half precision "
-                         "moves scores further than it would a trained model's.", "",
-                         "| precision | | pairs/s | ours / it | largest difference | pairs compared |",
-                         "| --- " * 6 + "|"]  # fmt: skip
-            for name, numbers in answer["contenders"].items():
-                if "error" in numbers:
-                    cells = [f"left out: {numbers['error']}", "", "", ""]
-                else:
-                    ratio = answer["contenders"]["ours"]["rate"] / numbers["rate"]
-                    cells = [f"{numbers['rate']:.1f}", f"{ratio:.2f}", f"{numbers['apart']:.1e}",
-                             str(answer["compared"])]  # fmt: skip
-                lines.append(f"| {job['precision']} | {name} | {' | '.join(cells)} |")
-        return lines
+        answers = self.answers("predict")
+        if not answers:
+            return []
+        rows = []
+        for job, answer in answers:
+            for name in answer["contenders"]:
+                rows.append([job["precision"], name, *prediction_cells(answer, name)])
+        job, answer = answers[0]
+        size = f"{answer['pairs']} pairs, the median of {job['rounds']} rounds."
+        lines = ["", "### Prediction", "", f"{size} {ABOUT_SCORES}", ""]
+        return lines + table(PREDICTION_COLUMNS, rows)
 
     def bits_line(self):
         """Whether two runs left the same bits."""
@@ -474,20 +579,78 @@ class Report:
             if answer["differing"]:
                 outcome = f"OTHER BITS in {', '.join(answer['differing'])}"
             precision = answer["precision"].replace("no", "fp32")
-            lines += ["", "### The same bits", "",
-                      f"Two runs of ten steps on tiny_reranker in {precision}: "
-                      f"{outcome} ({answer['compared']} files and series of scalars compared)."]  # fmt: skip
+            lines += ["", "### The same bits", ""]
+            lines.append(
+                f"Two runs of ten steps on tiny_reranker in {precision}: {outcome} "
+                f"({answer['compared']} files and series of scalars compared)."
+            )
         return lines
+
+
+def table(columns, rows):
+    """Lines of Markdown."""
+    lines = [table_row(columns), "| --- " * len(columns) + "|"]
+    for cells in rows:
+        lines.append(table_row(cells))
+    return lines
+
+
+def table_row(cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def two_digits(values):
+    return [f"{value:.2f}" for value in values]
 
 
 def title_of(name, job):
     """What a job of the process of this name is about, in a few words."""
     if job["kind"] == "train":
-        title = f"{job['title']}, {job['batch_size']} × {job['accumulation']}"
+        title = f"{job['title']}, {split_of(job)}"
         return title + ", rows of 512 tokens" if job["is_long"] else title
     if "name" in job:
         return f"{name}, {job['name']}"
     return job["kind"]
+
+
+def split_of(job):
+    return f"{job['batch_size']} × {job['accumulation']}"
+
+
+def machine_line(facts):
+    """Date, machine and versions."""
+    versions = []
+    for package, version in facts["versions"].items():
+        versions.append(f"{package} {version or 'missing'}")
+    return (
+        f"{date.today()}, {facts['device']}, {facts['processor']}, Python {facts['python']}; "
+        f"{', '.join(versions)}; train_bert_rerank.py {facts['script']}."
+    )
+
+
+def idle_line(job, answer):
+    """How long the card is idle in a step of a profile."""
+    milliseconds = answer["seconds"] * 1000
+    idle = max(0.0, 1 - answer["busy"] / milliseconds)
+    return (
+        f"- {job['name']}: {answer['micro_batches']} micro-batches, {milliseconds:.1f} ms without "
+        f"the profiler (the median of three); the card is idle for {idle:.0%} of that; "
+        f"{answer['count']} kernels."
+    )
+
+
+def prediction_cells(answer, name):
+    """What one contender's prediction came to."""
+    numbers = answer["contenders"][name]
+    if "error" in numbers:
+        return [f"left out: {numbers['error']}", "", "", ""]
+    ratio = answer["contenders"]["ours"]["rate"] / numbers["rate"]
+    return [
+        f"{numbers['rate']:.1f}",
+        f"{ratio:.2f}",
+        f"{numbers['apart']:.1e}",
+        str(answer["compared"]),
+    ]
 
 
 def shortened(name):
@@ -497,11 +660,12 @@ def shortened(name):
     return name.replace("|", "/")[:90]
 
 
-# ---- The command -----------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 def read_options():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", help="folder of cranfield_train.jsonl; else the default rows")
     parser.add_argument("--packages", help="folder of wheels to install for this command")
     parser.add_argument("--output", default="output_gpu", help="folder for the results")
@@ -513,6 +677,17 @@ def read_options():
     parser.add_argument("--width", type=int, help="a multiple of 64; cuda: 1024, cpu: 256")
     parser.add_argument("--rows", type=int, default=512, help="a multiple of 64; eight steps: 512")
     options = parser.parse_args()
+    refuse_mistakes(options, parser)
+
+    if options.precision is None:
+        options.precision = "fp32" if options.device == "cpu" else "bf16"
+    if options.width is None:
+        options.width = 256 if options.device == "cpu" else 1024
+    return options
+
+
+def refuse_mistakes(options, parser):
+    """Errors that are there before a process has begun."""
     if options.rows < 64 or options.rows % 64:
         parser.error("--rows should be a multiple of 64")
     if options.data and not Path(options.data, "cranfield_train.jsonl").is_file():
@@ -521,22 +696,42 @@ def read_options():
         parser.error(f"--packages {options.packages} has no *.whl")
     if Path(options.output, "results.jsonl").exists():
         parser.error(f"--output {options.output} has results already: name another folder")
-    is_cpu = options.device == "cpu"
-    options.precision = options.precision or ("fp32" if is_cpu else "bf16")
-    options.width = options.width or (256 if is_cpu else 1024)
-    return options
+
+
+def end_in_order():
+    """Whoever ends this process lets `finally` end the others."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+def measure(processes, report, deadline):
+    """Let one process after the other work, and keep what they answer."""
+    for process in processes:  # before one works: an import would disturb its figures
+        missing = process.wait_for_imports(deadline)
+        if missing:
+            report.say(f"{process.name} lacks {missing}")
+
+    for process in processes:
+        for job, answer in process.work(deadline):
+            report.add(process.name, job, answer)
+            if job["kind"] == "prepare" and "error" in answer:
+                log = f"{report.options.output}/log.txt"
+                sys.exit(
+                    f"Error: there is no model to measure: {answer['error']}\n"
+                    f"What the processes printed: {log}"
+                )
 
 
 def main():
-    """Start the processes, let one after the other work, keep what they answer."""
+    """Start the processes, measure, print the report."""
     started = time.monotonic()
     options = read_options()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, lambda number, _: sys.exit(128 + number))  # by way of `finally`
+    end_in_order()
     deadline = started + 60 * options.minutes - 5  # to remove what was written, and to print
     Path(options.output).mkdir(parents=True, exist_ok=True)
     report = Report(options, started)
+
     processes = []
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
@@ -550,16 +745,7 @@ def main():
             for name, jobs in Planner(options, folder).plan().items():
                 variables = environment(name, options, packages)
                 processes.append(Process(name, jobs, folder, variables, log))
-            for process in processes:  # before one works: an import would disturb its figures
-                missing = process.wait_for_imports(deadline)
-                if missing:
-                    report.say(f"{process.name} lacks {missing}")
-            for process in processes:
-                for job, answer in process.work(deadline):
-                    report.add(process.name, job, answer)
-                    if job["kind"] == "prepare" and "error" in answer:
-                        sys.exit(f"Error: there is no model to measure: {answer['error']}\n"
-                                 f"What the processes printed: {options.output}/log.txt")  # fmt: skip
+            measure(processes, report, deadline)
         finally:
             for process in processes:
                 process.end()

@@ -1,4 +1,4 @@
-"""What the processes of gpu.py do: each imports what its jobs need, waits for a line, does its jobs.
+"""What the processes of gpu.py do: each imports what its jobs need, waits for a line, does them.
 
     python benchmarks/gpu_worker.py JOBS.json      # gpu.py calls it so
 
@@ -21,7 +21,7 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from functools import wraps
+from functools import partial, wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +30,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from default_run import ROOT, read, write_rows
 from gpu import MARK
 from predict_throughput import PRECISIONS, time_all, uncut
@@ -39,6 +41,7 @@ from train_throughput import (
     CUDA,
     MAX_LEN,
     Finished,
+    Job,
     choose_rows,
     matmul_peak,
     measure,
@@ -57,10 +60,47 @@ IMPORTS = {  # by process; without them "prediction" still measures ours, the ot
     "FlagEmbedding": ["FlagEmbedding.finetune.reranker.encoder_only.base"],
     "prediction": ["sentence_transformers", "FlagEmbedding"],
 }
-VOCABULARY = 3500  # gives Cranfield's rows as many tokens as MiniLM's tokenizer does: 229 on average
+VOCABULARY = 3500  # gives Cranfield's rows as many tokens as MiniLM's tokenizer does, about 229
 
 
-# ---- What the parts share --------------------------------------------------------------------------
+# ---- What of our script is reached by name ---------------------------------------------------------
+# Besides these, script.train_step in profile(): each is called with whatever the script gives it.
+OF_OUR_FORWARD = "batch, tokens to the card, loss"  # what is not transformers' own
+SECTIONS_OF_STEP = [  # owner, function, section
+    (script, "plan_window", "planning"),
+    (script.BertRerankerModel, "collate", OF_OUR_FORWARD),
+    (script.BertRerankerModel, "forward", OF_OUR_FORWARD),
+    (transformers.XLMRobertaForSequenceClassification, "forward", "forward"),
+    (Accelerator, "backward", "backward"),
+    (Accelerator, "clip_grad_norm_", "clipping"),
+    (AcceleratedOptimizer, "step", "AdamW"),
+    (torch.Tensor, "cpu", "reading the loss"),
+]
+PARTS_OF_RUN = [  # title, owner, function
+    ("reading and checking the data", script, "load_data"),
+    ("loading the model", script, "load_base"),
+    ("checksums of weights and rows", script, "describe"),
+    ("tokenising", script.RerankDataset, "__init__"),
+    ("model to the card, optimizer", Accelerator, "prepare"),
+    ('the probe of "auto"', script, "largest_micro_batch"),
+    ("evaluations", script, "evaluate"),
+    ("shift of the head's bias", script, "fit_bias"),
+    ("copies of weights to the host's memory", script, "host_copy"),
+    ("training steps", script, "train_step"),
+    ("checkpoints", script, "save_checkpoint"),
+    ("verdict", script, "judge"),
+    ("saving models", script.BertRerankerModel, "save_pretrained"),
+    ("report and pictures", script, "write_evaluation"),
+    ("picture of the loss", script, "draw_loss_curve"),
+    ("model card", script, "write_model_card"),
+    ("rows to check", script, "write_rows_to_check"),
+    ("verdict and pictures into TensorBoard", script, "log_outcome"),
+    ("results to the disk for good", script, "flush_to_disk"),
+    ("results into their place", script, "publish"),
+]
+
+
+# ---- What the parts share ------------------------------------------------------------------------
 def prepare(job):
     """Make the model, with random weights, and the rows; returns what the report's head tells."""
     if job.device == "cuda" and not CUDA:
@@ -125,8 +165,10 @@ def english_tokenizer(tokenizer, rows):
 def card_name():
     """The card, its memory, its compute capability and the CUDA that torch was built with."""
     card = torch.cuda.get_device_properties(0)
-    return (f"{card.name}, {card.total_memory / 2**30:.0f} GiB, compute capability {card.major}.{card.minor}, "
-            f"CUDA {torch.version.cuda}")  # fmt: skip
+    return (
+        f"{card.name}, {card.total_memory / 2**30:.0f} GiB, "
+        f"compute capability {card.major}.{card.minor}, CUDA {torch.version.cuda}"
+    )
 
 
 def processor_name():
@@ -167,27 +209,36 @@ def settings_of(job):
     }
 
 
-# ---- Training --------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 def rate(job):
     """The rate of matrix products in the precision of the run, in operations a second."""
-    peak = matmul_peak(SimpleNamespace(threads=os.cpu_count(), bf16=job.bf16))
-    return {"operations_a_second": peak}
+    return {"operations_a_second": matmul_peak(os.cpu_count(), job.bf16)}
 
 
 def train(job):
     """A contender's run, measured from outside as in train_throughput.py."""
-    defaults = {"sampling": None, "more": {}, "without": None, "gradient": False,
-                "max_grad_norm": 1.0, "threads": os.cpu_count(), "deterministic": False}  # fmt: skip
-    _, _, special = CONTENDERS[job.contender]
-    numbers = measure(SimpleNamespace(**{**defaults, **special, **vars(job)}))
-    taken = rows_taken(job.contender, numbers, job.steps, job.samples)
+    run = Job(
+        contender=job.contender,
+        folder=job.folder,
+        model=job.model,
+        rows=job.rows,
+        batch_size=job.batch_size,
+        accumulation=job.accumulation,
+        steps=job.steps,
+        warm_up=job.warm_up,
+        threads=os.cpu_count(),
+        bf16=job.bf16,
+        **CONTENDERS[job.contender].special,
+    )
+    numbers = measure(run)
+    taken = rows_taken(run, numbers)
     numbers["taken"] = f"{numbers['steps']} steps, {job.warm_up} of warm-up; {taken}"
     if not CUDA:
         numbers["memory"] = None  # it would be the highest of all jobs of this process
     return numbers
 
 
-# ---- Where the time of a step goes -----------------------------------------------------------------
+# ---- Where the time of a step goes ---------------------------------------------------------------
 def labelled(function, name):
     """`function` as a section that a profiler sees."""
     @wraps(function)
@@ -201,22 +252,8 @@ def labelled(function, name):
 @contextmanager
 def labelled_sections():
     """Within it the parts of train_step() are sections that a profiler sees."""
-    from accelerate import Accelerator
-    from accelerate.optimizer import AcceleratedOptimizer
-
-    tokens = "batch, tokens to the card, loss"  # of our forward what is not transformers' own
-    sections = [
-        (script, "plan_window", "planning"),
-        (script.BertRerankerModel, "collate", tokens),
-        (script.BertRerankerModel, "forward", tokens),
-        (transformers.XLMRobertaForSequenceClassification, "forward", "forward"),
-        (Accelerator, "backward", "backward"),
-        (Accelerator, "clip_grad_norm_", "clipping"),
-        (AcceleratedOptimizer, "step", "AdamW"),
-        (torch.Tensor, "cpu", "reading the loss"),
-    ]
     with ExitStack() as stack:
-        for owner, function, name in sections:
+        for owner, function, name in SECTIONS_OF_STEP:
             visible = labelled(getattr(owner, function), name)
             stack.enter_context(patch.object(owner, function, visible))
         yield
@@ -233,30 +270,32 @@ class WatchedSteps:
         self.trace = trace  # the path of a file to write
         self.seconds = []  # of the steps before the profiler came
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments, **options):
         """The next step."""
+        step = partial(self.train_step, *arguments, **options)
         if len(self.seconds) < self.WARM_UP + self.TIMED:
-            return self.timed(arguments)
-        self.profiled(arguments)
-        self.profiled(arguments).export_chrome_trace(self.trace)
+            return self.timed(step)
+        self.profiled(step)
+        self.profiled(step).export_chrome_trace(self.trace)
         raise Finished
 
-    def timed(self, arguments):
+    def timed(self, step):
         """The step as it is."""
         wait_for_card()
         started = time.perf_counter()
-        is_stopped = self.train_step(*arguments)
+        result = step()
         wait_for_card()
         self.seconds.append(time.perf_counter() - started)
-        return is_stopped
+        return result
 
-    def profiled(self, arguments):
+    def profiled(self, step):
         """The step under the profiler, which is returned."""
         activities = [torch.profiler.ProfilerActivity.CPU]
         if CUDA:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
-            labelled(self.train_step, "whole")(*arguments)
+            with torch.profiler.record_function(PREFIX + "whole"):
+                step()
             wait_for_card()
         return profiler
 
@@ -280,7 +319,7 @@ def profile(job):
     }
 
 
-# ---- Prediction ------------------------------------------------------------------------------------
+# ---- Prediction ----------------------------------------------------------------------------------
 def predict(job):
     """Pairs a second of predict() and its peers in a precision, and how far their logits are from
     ours in fp32, in standard deviations of those. The job in fp32 comes first: the others read its
@@ -317,7 +356,7 @@ def logits_of(probabilities):
     return np.log(probabilities / (1 - probabilities))
 
 
-# ---- The same bits ---------------------------------------------------------------------------------
+# ---- The same bits -------------------------------------------------------------------------------
 def bits(job):
     """Whether two runs of ten steps on tiny_reranker leave the same bits."""
     from soak_kill import bits as bits_of  # needs tensorboard's reader, and nothing else here does
@@ -345,36 +384,12 @@ def bits(job):
     }
 
 
-# ---- What a run spends besides training ------------------------------------------------------------
+# ---- What a run spends besides training ----------------------------------------------------------
 def overhead(job):
     """{what: [calls, seconds]} of a run with "auto", one epoch and otherwise the defaults, but that
-    it keeps one checkpoint. The rows of its evaluation are of the training file, its own among them:
-    how well it ranks is not the question."""
-    from accelerate import Accelerator
-
-    parts = [
-        ("reading and checking the data", script, "load_data"),
-        ("loading the model", script, "load_base"),
-        ("checksums of weights and rows", script, "describe"),
-        ("tokenising", script.RerankDataset, "__init__"),
-        ("model to the card, optimizer", Accelerator, "prepare"),
-        ('the probe of "auto"', script, "largest_micro_batch"),
-        ("evaluations", script, "evaluate"),
-        ("shift of the head's bias", script, "fit_bias"),
-        ("copies of weights to the host's memory", script, "host_copy"),
-        ("training steps", script, "train_step"),
-        ("checkpoints", script, "save_checkpoint"),
-        ("verdict", script, "judge"),
-        ("saving models", script.BertRerankerModel, "save_pretrained"),
-        ("report and pictures", script, "write_evaluation"),
-        ("picture of the loss", script, "draw_loss_curve"),
-        ("model card", script, "write_model_card"),
-        ("rows to check", script, "write_rows_to_check"),
-        ("verdict and pictures into TensorBoard", script, "log_outcome"),
-        ("results to the disk for good", script, "flush_to_disk"),
-        ("results into their place", script, "publish"),
-    ]
-    spent = {title: [0, 0.0] for title, _, _ in parts}
+    it keeps one checkpoint. The rows of its evaluation are of the training file, its own among
+    them: how well it ranks is not the question."""
+    spent = {title: [0, 0.0] for title, _, _ in PARTS_OF_RUN}
     running = []  # the part that is timed now: what it calls is a part of it
 
     def timed(function, title):
@@ -395,7 +410,7 @@ def overhead(job):
         return timing
 
     with ExitStack() as stack:
-        for title, owner, name in parts:
+        for title, owner, name in PARTS_OF_RUN:
             stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), title)))
         started = time.perf_counter()
         more = {"eval_dataset": job.eval_rows, "epochs": 1, "log_with": "tensorboard"}
@@ -410,7 +425,7 @@ def overhead(job):
     }
 
 
-# ---- The process -----------------------------------------------------------------------------------
+# ---- The process ---------------------------------------------------------------------------------
 JOBS = {job.__name__: job for job in (prepare, rate, train, profile, predict, bits, overhead)}
 
 
