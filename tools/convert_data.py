@@ -30,344 +30,775 @@ import re
 import shlex
 import sys
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from dataclasses import dataclass, field
 from itertools import chain, islice, product
 from pathlib import Path
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_bert_rerank import LONGEST_LINE, UserError, fingerprints, parse_line, printable, say, whole_file  # noqa: E402
+from train_bert_rerank import (  # noqa: E402
+    LONGEST_LINE,
+    UserError,
+    fingerprints,
+    parse_line,
+    printable,
+    say,
+    whole_file,
+)
 
-ROLES = {  # role: pattern of the names, in lower case, of the columns that have it
+
+@dataclass
+class Record:
+    """A record of an input, with the rows that it becomes or what is wrong with it."""
+    path: str
+    place: str  # "line 3" of a text, "row 3" of other tables
+    rows: list = field(default_factory=list)  # (query, content, label), the label as it stands
+    problem: str | None = None
+
+
+def record_of(path, place, make_rows, *arguments):
+    """The record with the rows that `make_rows(*arguments)` returns, or with its ValueError.
+
+    A generator that raised would be at its end; so the error goes into the record, and the
+    records after it are still read.
+    """
+    try:
+        return Record(path, place, make_rows(*arguments))
+    except ValueError as error:
+        return Record(path, place, problem=str(error))
+
+
+def command(args, columns=(), split=None):
+    """The command of this run with other columns or another split, for a user to copy."""
+    words = [*args.inputs, "--output", args.output]
+    if split:
+        words += ["--split", split]
+    if columns:
+        words += ["--columns", *columns]
+    return f"python tools/convert_data.py {shlex.join(words)}"
+
+
+# ---- Reading text files ----------------------------------------------------------------------
+GZIP_MAGIC = b"\x1f\x8b"
+
+
+@contextmanager
+def opened(path):
+    """The bytes of a file, plain or gzip.
+
+    UserError where it cannot be read or, by the code inside the with block, decoded.
+    """
+    try:
+        with open(path, "rb") as raw:
+            is_gzip = raw.peek(2)[:2] == GZIP_MAGIC
+            yield gzip.open(raw) if is_gzip else raw
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 ({error.reason}). Save it as UTF-8; Chinese from Excel: "
+            f"iconv -f GB18030 -t UTF-8 {shlex.quote(path)} > utf8.csv") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read: {reason}") from error
+
+
+def plain_records(path, separator):
+    """Yield (line, fields) of a text file in which quotes are letters, as MS MARCO's files are.
+
+    Lines are split at `separator`; None: at white space.
+    """
+    with opened(path) as file:
+        text = io.TextIOWrapper(file, "utf-8-sig", newline="\n")
+        for number, line in enumerate(text, start=1):
+            if line.strip():
+                yield number, line.rstrip("\r\n").split(separator)
+
+
+def quoted_records(path, separator):
+    """Yield (line, fields) of a CSV or TSV file.
+
+    A record whose quoted fields hold line ends counts by its first line.
+    """
+    with opened(path) as file:
+        text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+        reader = csv.reader(text, delimiter=separator, strict=True)
+        number = 1
+        try:
+            for fields in reader:
+                if fields:
+                    yield number, fields
+                number = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{path}: line {number}: {error}") from error
+
+
+# ---- What an input holds ---------------------------------------------------------------------
+# Role: pattern of the names, in lower case, of the columns that have it. Of several columns the
+# roles are kept in this order: the query first, the documents, the labels last.
+ROLES = {
     "query": "query|question|anchor|(sentence|text)_?[1a]|查询|问题",
     "positive": "positives?|pos|answers?|正例|答案|回答",
     "content": "content|(passage|document|doc)s?|text|(sentence|text)_?[2b]|内容|段落|文档|文本",
     "negative": r"(hard_)?(negatives?|neg)(_?\d+)?|负例",
     "label": "labels?|scores?|(pos|neg)_scores|relevance|标签|分数|相关性",
 }
-IDS = {"iiii": "qrels", "iitt": "top1000", "iiit": "top1000", "iii": "triples of ids", "it": "texts", "ii": "texts"}
+# MS MARCO's files of ids, by their columns: i holds ids (a passage "42" looks like one), t texts.
+ID_KINDS = {
+    "iiii": "qrels",
+    "iitt": "top1000",
+    "iiit": "top1000",
+    "iii": "triples of ids",
+    "it": "texts",
+    "ii": "texts",
+}
 WIDTHS = {"qrels": 4, "top1000": 4, "triples of ids": 3, "texts": 2}
+AN_ID = re.compile(r"[\w.:-]*\d[\w.:-]*", re.ASCII)
 
 
-def command(args, columns=(), split=None):
-    """The command of this run with other columns or another split, for a user to copy."""
-    words = [*args.inputs, "--output", args.output, *(["--split", split] if split else [])]
-    return f"python tools/convert_data.py {shlex.join([*words, *(['--columns', *columns] if columns else [])])}"
-
-
-# ---- Reading ---------------------------------------------------------------------------------------------------------
-@contextmanager
-def opened(path):
-    """The bytes of a file, plain or gzip; UserError where it cannot be read or, by who reads, decoded."""
-    try:
-        with open(path, "rb") as raw:
-            yield gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason}). Save it as UTF-8; Chinese from Excel: "
-                        f"iconv -f GB18030 -t UTF-8 {shlex.quote(path)} > utf8.csv") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-
-
-def text_records(path, separator, quoted=False):
-    """Yield (line, fields) of a text file; a record whose quoted fields hold line ends counts by its first line.
-    Not quoted: lines are split at `separator`, None: at white space. MS MARCO's files are so."""
-    with opened(path) as file:
-        text = io.TextIOWrapper(file, "utf-8-sig", newline="" if quoted else "\n")
-        if quoted:
-            reader, number = csv.reader(text, delimiter=separator, strict=True), 1
-            try:
-                for fields in reader:
-                    if fields:
-                        yield number, fields
-                    number = reader.line_num + 1
-            except csv.Error as error:
-                raise UserError(f"{path}: line {number}: {error}") from error
-        else:
-            yield from ((number, line.rstrip("\r\n").split(separator))
-                        for number, line in enumerate(text, start=1) if line.strip())
+@dataclass
+class Shape:
+    """What an input holds."""
+    kind: str  # "folder", "parquet", "json", "table", "triples" or a key of WIDTHS
+    separator: str | None = None  # of the fields of a text; None: white space
 
 
 def shape_of(path):
-    """What `path` holds, "folder", "parquet", "json", "table", "triples" or a key of WIDTHS, and its separator."""
+    """The Shape of an input, told by its first bytes and lines."""
     if os.path.isdir(path):
-        return "folder", None
+        return Shape("folder")
+
     with opened(path) as file:
         start = file.read(1 << 16)
-    if start.startswith(b"PAR1") or start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"["):
-        return "parquet" if start.startswith(b"PAR1") else "json", None
-    line = start.decode("utf-8", "ignore").strip().partition("\n")[0]
-    separator = next((each for each in "\t,;" if each in line), None)
-    head = [fields for _, fields in islice(text_records(path, separator), 20)] if separator in ("\t", None) else [[]]
-    names = [each.strip().lower() for each in head[0]] if head else []
-    if all(any(re.fullmatch(pattern, name) for name in names)
-           for pattern in (ROLES["query"], f"{ROLES['positive']}|{ROLES['content']}")):
-        return "table", separator
-    kinds = "".join("i" if all(re.fullmatch(r"[\w.:-]*\d[\w.:-]*", each, re.ASCII) for each in column) else "t"
-                    for column in zip(*(fields for fields in head if len(fields) == len(head[0])), strict=True))
-    if kinds == "iii" and [fields[2] for fields in head[:2]] == ["1", "2"]:
-        raise UserError(f"{path}: its third column counts, as the ranks of a run do, and is no id of a passage. "
-                        "Candidates are read with their texts: qid, pid, query, passage (top1000)")
-    if kinds == "ttt" and max(map(len, head[0])) > 30:  # else it may be a header with names of its own
-        return "triples", separator
-    return IDS.get(kinds, "table") if kinds != "iiii" or head[0][1] in ("0", "Q0") else "table", separator
+    if start.startswith(b"PAR1"):
+        return Shape("parquet")
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith((b"{", b"[")):
+        return Shape("json")
+
+    first_line = start.decode("utf-8", "ignore").strip().partition("\n")[0]
+    separator = next((mark for mark in "\t,;" if mark in first_line), None)
+    if separator in (",", ";"):
+        return Shape("table", separator)
+    head = [fields for _, fields in islice(plain_records(path, separator), 20)]
+    return Shape(kind_of_lines(path, head), separator)
 
 
-def open_table(path, shape, separator, columns, args):
-    """The names of a table's columns, (place, values) of each row, and {column: names of its classes or None}."""
-    if shape in ("table", "triples"):
-        is_numbered = shape == "triples" or bool(columns) and all(name.isdecimal() for _, name in columns)
-        records = text_records(path, separator or ",", quoted=not (is_numbered and separator == "\t"))
-        first = next(records, (0, []))
-        names = [str(number) for number in range(1, len(first[1]) + 1)] if is_numbered else first[1]
-        return names, ((f"line {number}", values) for number, values in chain([first] * is_numbered, records)), {}
+def kind_of_lines(path, head):
+    """Whether `head`, the fields of a text's first lines, is of a table or a file of MS MARCO's."""
+    if not head or is_header(head[0]):
+        return "table"
+
+    whole = [fields for fields in head if len(fields) == len(head[0])]
+    letters = ""
+    for column in zip(*whole, strict=True):
+        letters += "i" if all(map(AN_ID.fullmatch, column)) else "t"
+
+    if letters == "iii" and [fields[2] for fields in head[:2]] == ["1", "2"]:
+        raise UserError(
+            f"{path}: its third column counts, as the ranks of a run do, and is no id of a "
+            "passage. Candidates are read with their texts: qid, pid, query, passage (top1000)")
+    if letters == "iiii" and head[0][1] not in ("0", "Q0"):
+        return "table"  # four numbers, but qrels have nothing in their second column
+    if letters == "ttt" and max(map(len, head[0])) > 30:
+        return "triples"  # shorter ones may be a header with names of its own
+    return ID_KINDS.get(letters, "table")
+
+
+def is_header(fields):
+    """Whether a line names a query and a document."""
+    document = f"{ROLES['positive']}|{ROLES['content']}"
+    return bool(columns_like(ROLES["query"], fields) and columns_like(document, fields))
+
+
+def columns_like(pattern, names):
+    """The names that a pattern of ROLES matches."""
+    return [name for name in names if re.fullmatch(pattern, name.strip().lower())]
+
+
+# ---- Tables ----------------------------------------------------------------------------------
+@dataclass
+class Table:
+    """A table that is being read."""
+    path: str
+    names: list  # of its columns
+    rows: Iterator  # (place, values) of each row
+    classes: dict = field(default_factory=dict)  # {column that numbers classes: their names}
+
+
+def table_records(path, shape, args):
+    """Yield the Records of a table, after saying how it is read."""
+    if shape.kind in ("table", "triples"):
+        table = open_text(path, shape, args.roles)
+    else:
+        table = open_dataset(path, shape.kind, args)
+    first = next(table.rows, None)
+    if first is None:
+        raise UserError(f"{path}: no rows")
+    check_columns(table, args.roles)
+
+    if args.roles:
+        roles = args.roles
+    elif shape.kind == "triples":
+        roles = list(zip(("query", "positive", "negative"), table.names, strict=False))
+    else:
+        first_row = dict(zip(table.names, first[1], strict=False))
+        roles = roles_of(table, first_row, args)
+    say(f"{path}: {shape.kind}: {roles_in_words(roles, table.names)}")
+
+    for place, values in chain([first], table.rows):
+        yield record_of(path, place, rows_of, values, table.names, roles)
+
+
+def open_text(path, shape, roles):
+    """The Table in a CSV, TSV or MS MARCO's triples; columns named by numbers: it has no header."""
+    is_counted = shape.kind == "triples"
+    if roles and all(name.isdecimal() for _, name in roles):
+        is_counted = True
+    separator = shape.separator or ","
+    if is_counted and separator == "\t":
+        records = plain_records(path, separator)
+    else:
+        records = quoted_records(path, separator)
+
+    first = next(records, (0, []))
+    names = first[1]
+    if is_counted:
+        names = [str(number) for number in range(1, len(first[1]) + 1)]
+        records = chain([first], records)
+    rows = ((f"line {number}", fields) for number, fields in records)
+    return Table(path, names, rows)
+
+
+def open_dataset(path, kind, args):
+    """The Table in a file or folder that the package datasets reads."""
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"{path}: {shape} is read by a package that is missing: pip install datasets") from error
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its reasons stand in the exceptions too
+        raise UserError(f"{path}: {kind} is read by a package that is missing: "
+                        "pip install datasets") from error
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the exceptions have its reasons too
+    unreadable = (ValueError, OSError, datasets.exceptions.DatasetsError)
+
     try:
-        table = datasets.load_from_disk(path) if shape == "folder" else datasets.load_dataset(
-            shape, data_files=glob.escape(path), split="train", streaming=True)
-        if isinstance(table, dict) and args.split not in table and (args.split or len(table) > 1):
-            commands = [command(args, args.columns, each) for each in table]
-            raise UserError("\n  ".join([f"{path}: which split?", *commands]))
-        table = table[args.split or next(iter(table))] if isinstance(table, dict) else table
-        names = list(table.features or next(iter(table)))
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        hint = " (of a folder that save_to_disk did not write, name the files)" if shape == "folder" else ""
+        if kind == "folder":
+            data = split_of(datasets.load_from_disk(path), path, args)
+        else:
+            data = datasets.load_dataset(kind, data_files=glob.escape(path), split="train",
+                                         streaming=True)
+        names = list(data.features or next(iter(data)))
+    except unreadable as error:
+        hint = ""
+        if kind == "folder":
+            hint = " (of a folder that save_to_disk did not write, name the files)"
         raise UserError(f"{path}: cannot be read{hint}: {error}") from error
 
     def rows():
         try:
-            for number, row in enumerate(table, start=1):
-                yield f"row {number}", [row.pop(name, None) for name in names] + [*row]  # keys that the first has not
-        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+            for number, row in enumerate(data, start=1):
+                values = [row.pop(name, None) for name in names]
+                keys_of_its_own = list(row)  # too many values: an error of this row
+                yield f"row {number}", values + keys_of_its_own
+        except unreadable as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
-    return names, rows(), {name: getattr(kind, "names", None) for name, kind in (table.features or {}).items()}
+
+    classes = {}
+    for name, column in (data.features or {}).items():
+        if getattr(column, "names", None):
+            classes[name] = column.names
+    return Table(path, names, rows(), classes)
 
 
-# ---- Tables ----------------------------------------------------------------------------------------------------------
-def roles_of(path, row, classes, args):
-    """[(role, column)] of a table by its names, the query first, documents, labels. UserError where a role has no
-    column, or two could have it. `row` is the first, `classes` {column: names of its classes}."""
-    found = {role: [(role, name) for name in row if re.fullmatch(pattern, str(name).strip().lower())]
-             for role, pattern in ROLES.items()}
-    documents, labels = found["positive"] + found["content"], [[each] for each in found["label"]]
-    if found["negative"] and {name for _, name in found["label"]} == {"pos_scores", "neg_scores"}:
-        labels = [[("label", "pos_scores"), ("label", "neg_scores")]]
-    choices = [[query, document, *found["negative"], *label]
-               for query, document, label in product(found["query"], documents, labels or [[]])]
-    roles = choices[0] if choices else []
-    label, texts = labels[0][-1][1] if labels else None, len(found["negative"]) + 1
-    if not choices:
-        query, name = (found["query"] or [("query", "NAME")])[0], "NAME"
-        problem = "no column is known by its name to be the query, or none the document. Name them, or count them, "
-        problem += "query=1 …, if there is no header, in one of three ways"
-        choices = [[query, ("content", name), ("label", name)], [query, ("positive", name)],
-                   [query, ("positive", name), ("negative", name)]]
-    elif len(choices) > 1:
-        problem = "more than one way to read it"
-    elif not labels and texts == 1 and roles[1][0] == "content":
-        problem = "no column is known by its name to be the label. All documents are relevant, or name it"
-        choices = [[roles[0], ("positive", roles[1][1])], [*roles, ("label", "NAME")]]
-    elif len(labels) == 1 == len(labels[0]) and texts > 1 and not isinstance(row[label], list):
-        problem = f"{label} is one number (a margin?) for {texts} documents; without it, labels are 1 and 0"
-        choices = [roles[:-1]]
-    elif classes.get(label) and not all(name.isdecimal() for name in classes[label]):
-        numbered = ", ".join(f"{number} = {name}" for number, name in enumerate(classes[label]))
-        problem = f"{label} numbers classes, {numbered}; if a higher number is more relevant"
-    else:
-        return roles
-    commands = [command(args, [f"{role}={name}" for role, name in each], args.split) for each in choices]
-    raise UserError("\n  ".join([f"{path} (columns {', '.join(map(str, row))[:300]}): {problem}:", *commands]))
+def split_of(data, path, args):
+    """The split of `data`, a folder's content, that is asked for, or its only one."""
+    if not isinstance(data, dict):
+        return data
+    if args.split in data:
+        return data[args.split]
+    if len(data) == 1 and not args.split:
+        return next(iter(data.values()))
+    commands = [command(args, args.columns, split) for split in data]
+    raise UserError("\n  ".join([f"{path}: which split?", *commands]))
 
 
-def pairs_of(values, names, roles):
-    """The (query, content, label) rows of a table's row; ValueError where they do not fit."""
+def check_columns(table, roles):
+    """UserError where a name is no column's or several columns', or `roles` lack a label."""
+    names = table.names
+    wrong = [name for name in names if names.count(name) > 1]
+    wrong += [name for _, name in roles if name not in names]
+    if wrong:
+        raise UserError(f"{table.path}: {names.count(wrong[0])} columns are called {wrong[0]}: "
+                        f"{', '.join(names)[:300]}")
+
+    kinds = [role for role, _ in roles]
+    if "content" in kinds and "label" not in kinds:
+        raise UserError("--columns: a content needs a label; without one, name it positive or "
+                        "negative")
+
+
+def roles_in_words(roles, names):
+    """Which column is taken for what, and which are not used."""
+    words = ", ".join(f"{role} from column {name}" for role, name in roles)
+    used = [name for _, name in roles]
+    unused = [name for name in names if name not in used]
+    if unused:
+        words += f"; not used: {', '.join(unused)}"
+    return words
+
+
+def rows_of(values, names, roles):
+    """The (query, content, label) rows of a table's row; ValueError where they do not fit.
+
+    A cell is a text or a list of them. From query "q", positive "a" and negative ["b", "c"] come
+    ("q", "a", 1), ("q", "b", 0) and ("q", "c", 0).
+    """
     if len(values) != len(names):
-        raise ValueError(f"{len(values)} fields instead of {len(names)}")
+        raise ValueError(wrong_width(values, len(names)))
     row = dict(zip(names, values, strict=True))
-    cells = [(role, each) for role, name in roles
-             for each in (row[name] if isinstance(row[name], list) else [row[name]])]
-    documents = [(role, text) for role, text in cells if role in ("content", "positive", "negative")]
-    labels = [label for role, label in cells if role == "label"] if roles[-1][0] == "label" else (
-        [int(role != "negative") for role, _ in documents])
+
+    query, documents, labels = None, [], []
+    for role, name in roles:
+        cells = row[name] if isinstance(row[name], list) else [row[name]]
+        if role == "query":
+            query = row[name]
+        elif role == "label":
+            labels += cells
+        else:
+            documents += [(role, text) for text in cells]
+    if roles[-1][0] != "label":
+        labels = [0 if role == "negative" else 1 for role, _ in documents]
+
     if len(labels) != len(documents) or not documents:
         raise ValueError(f"{len(labels)} labels for {len(documents)} documents")
-    return [(row[roles[0][1]], text, label) for (_, text), label in zip(documents, labels, strict=True)]
+    return [(query, text, label) for (_, text), label in zip(documents, labels, strict=True)]
 
 
-def table_rows(path, shape, separator, columns, args):
-    """Yield (path, place, function that returns rows) of a table, after saying how it is read."""
-    names, rows, classes = open_table(path, shape, separator, columns, args)
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"{path}: no rows")
-    if wrong := [name for name in names if names.count(name) > 1] + [name for _, name in columns if name not in names]:
-        raise UserError(f"{path}: {names.count(wrong[0])} columns are called {wrong[0]}: {', '.join(names)[:300]}")
-    if {"content", "label"} & {role for role, _ in columns} == {"content"}:
-        raise UserError("--columns: a content needs a label; without one, name it positive or negative")
-    triple = list(zip(("query", "positive", "negative"), names, strict=False)) if shape == "triples" else []
-    roles = columns or triple or roles_of(path, dict(zip(names, [*first[1], *names], strict=False)), classes, args)
-    unused = [name for name in names if name not in dict(map(reversed, roles))]
-    say(f"{path}: {shape}: " + ", ".join(f"{role} from column {name}" for role, name in roles)
-        + (f"; not used: {', '.join(unused)}" if unused else ""))
-    yield from ((path, place, partial(pairs_of, values, names, roles)) for place, values in chain([first], rows))
+def wrong_width(fields, width):
+    """What is wrong with a line of too many or too few fields."""
+    return f"{len(fields)} fields instead of {width}"
 
 
-# ---- MS MARCO's ids --------------------------------------------------------------------------------------------------
-def id_rows(files, columns, args):
-    """Yield (path, place, function that returns rows) of {path: (shape, separator)}, files of ids and texts."""
-    wrong = []  # lines of another width: returned as rows that raise
+# ---- Roles of a table's columns by their names ------------------------------------------------
+def roles_of(table, first_row, args):
+    """[(role, column)] of a table.
 
-    def records(wanted):
-        for path, (shape, separator) in files.items():
-            for number, fields in text_records(path, separator) if shape == wanted else ():
-                if len(fields) == WIDTHS[shape]:
-                    yield path, f"line {number}", fields
+    UserError, with the command for each way to read it, where a role has no column, two could
+    have it, or what a label means is not known.
+    """
+    columns = {}  # {role: its (role, column) pairs}
+    for role, pattern in ROLES.items():
+        columns[role] = [(role, name) for name in columns_like(pattern, table.names)]
+    readings = readings_of(columns)
+
+    if not readings:
+        problem = ("no column is known by its name to be the query, or none the document. Name "
+                   "them, or count them, query=1 …, if there is no header, in one of three ways")
+        choices = ways_to_name(columns["query"])
+    elif len(readings) > 1:
+        problem, choices = "more than one way to read it", readings
+    else:
+        problem, choices = doubt_about(readings[0], first_row, table.classes)
+    if not problem:
+        return readings[0]
+
+    lines = [f"{table.path} (columns {', '.join(table.names)[:300]}): {problem}:"]
+    for roles in choices:
+        lines.append(command(args, [f"{role}={name}" for role, name in roles], args.split))
+    raise UserError("\n  ".join(lines))
+
+
+def readings_of(columns):
+    """The ways to read a table, each [(role, column)], of {role: its (role, column) pairs}.
+
+    One column each is the query, the document and the label, if there is one; all negatives are
+    read. Two queries and two labels: four ways.
+    """
+    labels = [[pair] for pair in columns["label"]] or [[]]
+    label_names = {name for _, name in columns["label"]}
+    if columns["negative"] and label_names == {"pos_scores", "neg_scores"}:
+        labels = [[("label", "pos_scores"), ("label", "neg_scores")]]  # FlagEmbedding's: both
+
+    readings = []
+    documents = columns["positive"] + columns["content"]
+    for query, document, label in product(columns["query"], documents, labels):
+        readings.append([query, document, *columns["negative"], *label])
+    return readings
+
+
+def ways_to_name(queries):
+    """The three kinds of columns that make a table, with NAME for a user to fill in."""
+    query = queries[0] if queries else ("query", "NAME")
+    return [
+        [query, ("content", "NAME"), ("label", "NAME")],
+        [query, ("positive", "NAME")],
+        [query, ("positive", "NAME"), ("negative", "NAME")],
+    ]
+
+
+def doubt_about(reading, first_row, classes):
+    """What is not known of the labels of a table's only reading, and the readings to choose from.
+
+    (None, []) where all is known.
+    """
+    query, (role, document), *_ = reading
+    labels = [name for kind, name in reading if kind == "label"]
+    negatives = [name for kind, name in reading if kind == "negative"]
+
+    if not labels:
+        if role == "positive" or negatives:
+            return None, []
+        problem = ("no column is known by its name to be the label. All documents are relevant, "
+                   "or name it")
+        return problem, [[query, ("positive", document)], [*reading, ("label", "NAME")]]
+
+    label = labels[-1]
+    if len(labels) == 1 and negatives and not isinstance(first_row.get(label), list):
+        problem = (f"{label} is one number (a margin?) for {len(negatives) + 1} documents; "
+                   "without it, labels are 1 and 0")
+        return problem, [reading[:-1]]
+
+    names = classes.get(label, [])
+    if not all(name.isdecimal() for name in names):
+        numbered = ", ".join(f"{number} = {name}" for number, name in enumerate(names))
+        problem = f"{label} numbers classes, {numbered}; if a higher number is more relevant"
+        return problem, [reading]
+    return None, []
+
+
+# ---- MS MARCO's ids --------------------------------------------------------------------------
+class IdFiles:
+    """MS MARCO's files of ids and texts, {path: Shape}, which are read together."""
+    def __init__(self, shapes):
+        self.shapes = shapes
+        self.kinds = {shape.kind for shape in shapes.values()}
+        self.misfits = []  # Records of the lines of another width that reading has met
+
+    def paths_of(self, kind):
+        return [path for path, shape in self.shapes.items() if shape.kind == kind]
+
+    def lines_of(self, kind):
+        """Yield (path, place, fields) of the lines of a kind; those of another width are noted."""
+        for path in self.paths_of(kind):
+            for number, fields in plain_records(path, self.shapes[path].separator):
+                place = f"line {number}"
+                if len(fields) == WIDTHS[kind]:
+                    yield path, place, fields
                 else:
-                    wrong.append((path, f"line {number}", partial(pairs_of, fields, [""] * WIDTHS[shape], ())))
+                    problem = wrong_width(fields, WIDTHS[kind])
+                    self.misfits.append(Record(path, place, problem=problem))
 
-    for path, (shape, _) in files.items():
-        say(f"{path}: {shape}")
-    texts, shapes = [path for path in files if files[path][0] == "texts"], {shape for shape, _ in files.values()}
-    if len(texts) != 2 or not shapes & {"qrels", "triples of ids"} or {"top1000", "qrels"} & shapes == {"top1000"}:
-        raise UserError("files of ids are given together: queries and passages (two columns, id and text), qrels or "
-                        f"triples of ids, and top1000 only with qrels. Here are: {', '.join(sorted(shapes))}")
-
-    def judged():
-        for path, place, (query, _, passage, label) in records("qrels"):
+    def judgements(self):
+        """Yield (path, place, query's id, [(passage's id, label)])."""
+        for path, place, (query, _, passage, label) in self.lines_of("qrels"):
             yield path, place, query, [(passage, label)]
-        for path, place, (query, positive, negative) in records("triples of ids"):
+        for path, place, (query, positive, negative) in self.lines_of("triples of ids"):
             yield path, place, query, [(positive, 1), (negative, 0)]
 
-    relevance, queries, passages = defaultdict(set), set(), set()  # relevance: {query: its judged passages}
-    for *_, query, labels in judged():
-        queries.add(query)
-        passages.update(passage for passage, _ in labels)
-        if "top1000" in shapes:
-            relevance[query].update(passage for passage, _ in labels)
-    found = {path: {} for path in texts}
-    for path, _, (name, text) in tqdm(records("texts"), desc="Reading texts", unit=" texts"):
-        if name in passages or name in queries:
-            found[path][name] = text
-    yield from wrong
-    if wrong:
+
+@dataclass
+class JudgedIds:
+    """The ids that judgements name."""
+    queries: set = field(default_factory=set)
+    passages: set = field(default_factory=set)
+    passages_of: dict = field(default_factory=dict)  # {query: its passages}, if there is a top1000
+
+
+def id_records(files, args):
+    """Yield the Records of IdFiles, after saying what each of them is.
+
+    Judgements are read twice: first for the ids whose texts are to be kept, then for the rows.
+    """
+    for path, shape in files.shapes.items():
+        say(f"{path}: {shape.kind}")
+    check_id_files(files)
+
+    judged = judged_ids(files)
+    texts = texts_of(files, judged)
+    if files.misfits:  # a line that fits no more may be why a text is missing
+        yield from files.misfits
         return
-    choices = [(first, second, len(queries - found[first].keys()), len(passages - found[second].keys()))
-               for first, second in (texts, texts[::-1])]
-    fitting = [(columns[0][1], columns[1][1])] if columns else [each[:2] for each in choices if not any(each[2:])]
+    if args.roles:
+        query_file, passage_file = args.roles[0][1], args.roles[1][1]
+    else:
+        query_file, passage_file = query_and_passage_file(texts, judged, args)
+    say(f"queries from {query_file}, passages from {passage_file}")
+    query_texts, passage_texts = texts[query_file], texts[passage_file]
+
+    for path, place, query, labels in files.judgements():
+        yield record_of(path, place, judged_rows, query, labels, query_texts, passage_texts)
+    for path, place, fields in files.lines_of("top1000"):
+        yield record_of(path, place, candidate_rows, fields, judged)
+    yield from files.misfits  # of top1000
+
+
+def check_id_files(files):
+    """UserError where a file is missing without which ids make no rows."""
+    has_judgements = "qrels" in files.kinds or "triples of ids" in files.kinds
+    lacks_qrels = "top1000" in files.kinds and "qrels" not in files.kinds
+    if len(files.paths_of("texts")) != 2 or not has_judgements or lacks_qrels:
+        raise UserError(
+            "files of ids are given together: queries and passages (two columns, id and text), "
+            "qrels or triples of ids, and top1000 only with qrels. Here are: "
+            f"{', '.join(sorted(files.kinds))}")
+
+
+def judged_ids(files):
+    """The JudgedIds of all judgements."""
+    judged = JudgedIds()
+    for _, _, query, labels in files.judgements():
+        passages = [passage for passage, _ in labels]
+        judged.queries.add(query)
+        judged.passages.update(passages)
+        if "top1000" in files.kinds:
+            judged.passages_of.setdefault(query, set()).update(passages)
+    return judged
+
+
+def texts_of(files, judged):
+    """{path of a file of texts: {id: text}} of the ids that are judged.
+
+    Which file has the queries is not known yet: the ids of both are kept from each.
+    """
+    texts = {path: {} for path in files.paths_of("texts")}
+    for path, _, (name, text) in tqdm(files.lines_of("texts"), desc="Reading texts", unit=" texts"):
+        if name in judged.queries or name in judged.passages:
+            texts[path][name] = text
+    return texts
+
+
+def query_and_passage_file(texts, judged, args):
+    """The paths of the queries and of the passages.
+
+    UserError where not exactly one order of the two files has all the ids.
+    """
+    fitting = []
+    lines = ["which file has the queries, and which the passages?"]
+    first, second = texts
+    for queries, passages in ((first, second), (second, first)):
+        lost_queries = len(judged.queries - texts[queries].keys())
+        lost_passages = len(judged.passages - texts[passages].keys())
+        if not lost_queries and not lost_passages:
+            fitting.append((queries, passages))
+        this_way = command(args, [f"query={queries}", f"content={passages}"])
+        lines.append(f"{this_way}  # texts missing: {lost_queries} queries, "
+                     f"{lost_passages} passages")
     if len(fitting) != 1:
-        raise UserError("\n  ".join(["which file has the queries, and which the passages?", *(
-            f"{command(args, [f'query={first}', f'content={second}'])}  # texts missing: {no_query} queries, "
-            f"{no_passage} passages" for first, second, no_query, no_passage in choices)]))
-    say(f"queries from {fitting[0][0]}, passages from {fitting[0][1]}")
-    query_texts, passage_texts = (found[path] for path in fitting[0])
-
-    def rows(query, labels):
-        if lost := [f"query {query}"] * (query not in query_texts) + [f"passage {each}" for each, _ in labels
-                                                                      if each not in passage_texts]:
-            raise ValueError(f"no text of {', '.join(lost)}")
-        return [(query_texts[query], passage_texts[passage], label) for passage, label in labels]
-
-    def candidate(query, passage, *texts):
-        if query not in relevance:
-            raise ValueError(f"query {query} is not in the qrels: which of its passages are relevant is not known")
-        return [] if passage in relevance[query] else [(*texts, 0)]
-
-    yield from ((path, place, partial(rows, query, labels)) for path, place, query, labels in judged())
-    yield from ((path, place, partial(candidate, *fields)) for path, place, fields in records("top1000"))
-    yield from wrong
+        raise UserError("\n  ".join(lines))
+    return fitting[0]
 
 
-# ---- Writing ---------------------------------------------------------------------------------------------------------
+def judged_rows(query, labels, query_texts, passage_texts):
+    """The rows of a query's id and its [(passage's id, label)].
+
+    ValueError names the ids that have no text.
+    """
+    lost = []
+    if query not in query_texts:
+        lost.append(f"query {query}")
+    for passage, _ in labels:
+        if passage not in passage_texts:
+            lost.append(f"passage {passage}")
+    if lost:
+        raise ValueError(f"no text of {', '.join(lost)}")
+    return [(query_texts[query], passage_texts[passage], label) for passage, label in labels]
+
+
+def candidate_rows(fields, judged):
+    """The row of a line of top1000: irrelevant.
+
+    None where the passage is judged: the judgement is its row.
+    """
+    query, passage, query_text, passage_text = fields
+    if query not in judged.passages_of:
+        raise ValueError(f"query {query} is not in the qrels: which of its passages are relevant "
+                         "is not known")
+    if passage in judged.passages_of[query]:
+        return []
+    return [(query_text, passage_text, 0)]
+
+
+# ---- Writing ---------------------------------------------------------------------------------
+SHOWN = 10  # bad rows in a message
+
+
+@dataclass
+class Outcome:
+    """What came of the records so far."""
+    seen: set = field(default_factory=set)  # hashes of the rows that are written
+    repeated: int = 0
+    labels: Counter = field(default_factory=Counter)  # {label, two decimals: its rows}
+    low: float = math.inf  # lowest label
+    high: float = -math.inf
+    bad: int = 0  # records
+    problems: list = field(default_factory=list)  # of the first bad records, with their places
+
+
+def number_of(label):
+    """A label as a number, an int where it is whole; ValueError where it is none."""
+    try:
+        number = float(label)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"label {str(label)[:40]} is no number")
+    return int(number) if number.is_integer() else number
+
+
 def line_of(query, content, label):
-    """A row as a line of JSONL, and its label as a number; ValueError where train_bert_rerank.py would refuse it."""
-    label = None if label == "" else label
-    if label is not None:
-        try:
-            number = float(label)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(f"label {str(label)[:40]} is no number")
-        label = int(number) if number.is_integer() else number
+    """A row as a line of JSONL, and its label as a number.
+
+    ValueError where train_bert_rerank.py would refuse it.
+    """
+    is_missing = label is None or label == ""
+    label = None if is_missing else number_of(label)
     for name, text in (("query", query), ("content", content)):
-        if not isinstance(text, str | type(None)):
-            raise ValueError(f"{name} is no text: {str(text)[:40]}")  # of a type, too, that JSON does not have
-    line = json.dumps({"query": query, "content": content, "label": label}, ensure_ascii=False).encode()
+        if text is not None and not isinstance(text, str):
+            # parse_line() would say so as well, but parquet has types that JSON has not.
+            raise ValueError(f"{name} is no text: {str(text)[:40]}")
+
+    row = {"query": query, "content": content, "label": label}
+    line = json.dumps(row, ensure_ascii=False).encode()
     parse_line(line, -math.inf, math.inf)
     if len(line) > LONGEST_LINE:
         raise ValueError(f"longer than {LONGEST_LINE >> 20} MB")
     return line + b"\n", label
 
 
-def convert(args, columns):
-    """Write args.output from args.inputs; print how they were read, what came out and what to do next."""
+def write_row(row, file, outcome):
+    """Write a (query, content, label) row unless it was written before; ValueError: it is bad."""
+    line, label = line_of(*row)
+    query, content, _ = row
+    _, pair = fingerprints(query, content)
+    key = hash((pair, label))  # takes less memory than the two
+    if key in outcome.seen:
+        outcome.repeated += 1
+        return
+
+    file.write(line)
+    outcome.seen.add(key)
+    outcome.labels[round(label, 2) + 0.0] += 1  # + 0.0: -0.001 is counted as 0.00, not as -0.00
+    outcome.low = min(outcome.low, label)
+    outcome.high = max(outcome.high, label)
+
+
+def write_record(record, file, outcome):
+    """Write a record's rows; where it is bad, note that."""
+    problem = record.problem
+    try:
+        for row in record.rows:
+            write_row(row, file, outcome)
+    except ValueError as error:
+        problem = error
+    if problem is not None:
+        outcome.bad += 1
+        if outcome.bad <= SHOWN:
+            outcome.problems.append(f"{record.path}: {record.place}: {problem}")
+
+
+def check_outcome(outcome):
+    """UserError where a record was bad, or no row was written."""
+    if outcome.bad:
+        lines = [f"bad rows: {outcome.bad}, so nothing is written", *outcome.problems]
+        if outcome.bad > SHOWN:
+            lines.append(f"… and {outcome.bad - SHOWN} more")
+        raise UserError("\n  ".join(lines))
+    if not outcome.seen:
+        raise UserError("no rows")
+
+
+def report(outcome, output):
+    """Say what was written to `output`, and what to do next."""
+    count = len(outcome.seen)
+    say(f"{output}: {count} rows, skipped: none; repetitions written once: {outcome.repeated}")
+    for label, rows in sorted(outcome.labels.most_common(20)):
+        say(f"Label {label:.2f}: {rows} ({rows / count:.2%})")
+
+    low, high = outcome.low, outcome.high
+    path = shlex.quote(output)
+    if low == high:
+        say(f"All rows have label {low}, and training needs others too. To find irrelevant ones in "
+            f"your corpus:\n  python tools/mine_hard_negatives.py {path} --corpus corpus.jsonl "
+            "--output mined.jsonl")
+        return
+
+    scale = ""
+    if low < 0 or high > 1:
+        say(f"Labels go from {low} to {high}; if your scale is wider, give its ends to min_label "
+            "and max_label.")
+        scale = f" --min_label={low} --max_label={high}"
+    say(f"Next: python train_bert_rerank.py --train_dataset {path}{scale}")
+
+
+# ---- A run -----------------------------------------------------------------------------------
+def records_of(args):
+    """The Records of all inputs, tables before files of ids."""
     shapes = {path: shape_of(path) for path in args.inputs}
-    names_files = {name for _, name in columns} <= shapes.keys()  # or there are none
-    ids = {path: each for path, each in shapes.items() if each[0] in WIDTHS and names_files}
-    sources = [table_rows(path, "table" if columns and separator else shape, separator, columns, args)
-               for path, (shape, separator) in shapes.items() if path not in ids]
-    sources += [id_rows(ids, columns, args)] if ids else []
-    bad, bad_count, repeated, seen, labels = "", 0, 0, set(), Counter()
-    low, high = math.inf, -math.inf
+    # --columns of files of ids says which of them has the queries: then all names are paths.
+    ids = {}
+    if all(name in shapes for _, name in args.roles):
+        ids = {path: shape for path, shape in shapes.items() if shape.kind in WIDTHS}
+
+    sources = []
+    for path, shape in shapes.items():
+        if path not in ids:
+            if args.roles and shape.separator:
+                shape = Shape("table", shape.separator)  # as its columns are named, it is one
+            sources.append(table_records(path, shape, args))
+    if ids:
+        sources.append(id_records(IdFiles(ids), args))
+    return chain.from_iterable(sources)
+
+
+def convert(args):
+    """Write args.output from args.inputs; say how they were read, what came out, what is next."""
+    records = records_of(args)
+    outcome = Outcome()
     with whole_file(Path(args.output)) as raw:
         is_gzip = args.output.endswith(".gz")
         with gzip.GzipFile("", "wb", 6, raw, mtime=0) if is_gzip else nullcontext(raw) as file:
-            for path, place, pairs in tqdm(chain.from_iterable(sources), desc="Converting", unit=" rows"):
-                try:
-                    for row in pairs():
-                        line, label = line_of(*row)
-                        key = hash((fingerprints(*row[:2])[1], label))
-                        repeated += key in seen
-                        if key not in seen:
-                            seen.add(key)
-                            labels[round(label + 0.0, 2) + 0.0] += 1
-                            low, high = min(low, label), max(high, label)
-                            file.write(line)
-                except ValueError as error:
-                    bad_count += 1
-                    bad += f"\n  {path}: {place}: {error}" if bad_count <= 10 else ""
-            if bad or not seen:
-                more = f"\n  … and {bad_count - 10} more" * (bad_count > 10)
-                raise UserError(f"bad rows: {bad_count}, so nothing is written{bad}{more}" if bad else "no rows")
-    say(f"{args.output}: {len(seen)} rows, skipped: none; repetitions written once: {repeated}")
-    for label, count in sorted(labels.most_common(20)):
-        say(f"Label {label:.2f}: {count} ({count / len(seen):.2%})")
-    output, scale = shlex.quote(args.output), "" if 0 <= low and high <= 1 else f" --min_label={low} --max_label={high}"
-    if low == high:
-        say(f"All rows have label {low}, and training needs others too. To find irrelevant ones in your corpus:\n"
-            f"  python tools/mine_hard_negatives.py {output} --corpus corpus.jsonl --output mined.jsonl")
-        return
-    if scale:
-        say(f"Labels go from {low} to {high}; if your scale is wider, give its ends to min_label and max_label.")
-    say(f"Next: python train_bert_rerank.py --train_dataset {output}{scale}")
+            for record in tqdm(records, desc="Converting", unit=" rows"):
+                write_record(record, file, outcome)
+        check_outcome(outcome)
+    report(outcome, args.output)
+
+
+def roles_named(columns):
+    """[(role, column)] of the ROLE=NAME words of --columns, in the order of ROLES."""
+    named = []
+    for word in columns:
+        role, _, name = word.partition("=")
+        named.append((role, name))
+
+    roles = [role for role, _ in named]
+    documents = [role for role in roles if role not in ("query", "label")]
+    is_known = all(role in ROLES for role in roles)
+    if columns and (not is_known or roles.count("query") != 1 or not documents):
+        raise UserError(
+            "--columns takes ROLE=NAME for one query and one or more documents (content with a "
+            "label, positive, negative), such as --columns query=question content=passage "
+            "label=grade")
+    return sorted(named, key=lambda pair: list(ROLES).index(pair[0]))
 
 
 def main():
     """Parse the command line and convert; a user's mistake is one message and exit status 1."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="INPUT")
-    parser.add_argument("--output", required=True, help="JSONL file to write; compressed if its name ends in .gz")
-    parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=NAME", help=f"ROLE is {', '.join(ROLES)}")
+    parser.add_argument("--output", required=True,
+                        help="JSONL file to write; compressed if its name ends in .gz")
+    parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=NAME",
+                        help=f"ROLE is {', '.join(ROLES)}")
     parser.add_argument("--split", help="of a folder with several: train, test …")
     args = parser.parse_args()
+
     csv.field_size_limit(LONGEST_LINE)
-    columns = [each.partition("=")[::2] for each in args.columns]
-    columns.sort(key=lambda each: [*ROLES, each[0]].index(each[0]))
-    roles = [role for role, _ in columns]
     try:
-        if columns and (not {*roles} <= {*ROLES} or roles.count("query") != 1 or not {*roles[1:]} - {"label"}):
-            raise UserError("--columns takes ROLE=NAME for one query and one or more documents (content with a label, "
-                            "positive, negative), such as --columns query=question content=passage label=grade")
+        args.roles = roles_named(args.columns)
         if os.path.abspath(args.output) in map(os.path.abspath, args.inputs):
             raise UserError(f"{args.output} is an input: give the output another name")
-        convert(args, columns)
+        convert(args)
     except (UserError, OSError) as error:
         print(f"Error: {printable(error)}", file=sys.stderr)
         sys.exit(1)

@@ -34,9 +34,11 @@ import zlib
 from array import array
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -55,24 +57,84 @@ from train_bert_rerank import (  # noqa: E402
     whole_file,
 )
 
-ADVICE = 'A line of a corpus should be {"content": "…"} in JSON (or text, contents; title before it), or id<TAB>text.'
-CHUNK = 10_000  # documents that are embedded before the best so far are kept
-DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+DEVICE = torch.device("cpu")
+if torch.accelerator.is_available():
+    DEVICE = torch.accelerator.current_accelerator()
+
+
+# ---- Queries ---------------------------------------------------------------------------------
+@dataclass
+class Query:
+    """A query, its rows, and what a run finds for it."""
+    text: str
+    rows: list = field(default_factory=list)  # (content, label)
+    positives: list = field(default_factory=list)  # texts; without one nothing is mined for it
+    numbers: list = field(default_factory=list)  # of the documents that the retriever found
+    scores: list | None = None  # probabilities of the positives, then of the scored candidates
+
+
+def read_queries(options, digest):
+    """The queries of the rows, in their order; all bytes of the file go into `digest`."""
+    queries = {}
+    rows = read_rows(options.rows, options.min_label, options.max_label, digest)
+    for text, content, label, _ in rows:
+        query = queries.setdefault(text, Query(text))
+        query.rows.append((content, label))
+        if label >= options.middle:
+            query.positives.append(content)
+    return list(queries.values())
+
+
+# ---- Corpus ----------------------------------------------------------------------------------
+ADVICE = ('A line of a corpus should be {"content": "…"} in JSON (or text, contents; title before '
+          "it), or id<TAB>text.")
+GZIP_MAGIC = b"\x1f\x8b"
+SHOWN = 10  # bad lines in a message
+
+
+@dataclass
+class Corpus:
+    """The texts of the documents, on disk, since a million Python strings would fill the memory."""
+    store: BinaryIO  # the texts, one after the other
+    ends: array  # [N + 1]: 0, and where each of N texts ends
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def text(self, number):
+        """The text of a document."""
+        self.store.seek(self.ends[number])
+        return self.store.read(self.ends[number + 1] - self.ends[number]).decode()
+
+    def texts(self):
+        """All texts in their order, one at a time."""
+        return map(self.text, range(len(self)))
+
+
+def text_of_json(line):
+    """Title and body of a document in JSON; ValueError says what is wrong."""
+    sample = json.loads(line)
+    if not isinstance(sample, dict):
+        raise ValueError("not a JSON object")
+
+    bodies = [sample.get(key) for key in ("content", "text", "contents")]
+    body = next((body for body in bodies if body is not None), None)
+    title = sample.get("title") or ""
+    if body is None:
+        raise ValueError("content is missing")
+    if not isinstance(body, str) or not isinstance(title, str):
+        raise ValueError("content or title is no text")
+
+    text = f"{title} {body}".strip()
+    text.encode()  # raises UnicodeEncodeError, a ValueError, for half of a surrogate pair
+    return text
 
 
 def parse_document(line, is_json):
     """The text of a line of a corpus; ValueError says what is wrong."""
     text = line.decode("utf-8")
     if is_json:
-        sample = json.loads(text)
-        if not isinstance(sample, dict):
-            raise ValueError("not a JSON object")
-        body = next((sample[key] for key in ("content", "text", "contents") if sample.get(key) is not None), None)
-        title = sample.get("title") or ""
-        if not isinstance(body, str) or not isinstance(title, str):
-            raise ValueError("content is missing" if body is None else "content or title is no text")
-        text = f"{title} {body}".strip()
-        text.encode()  # raises UnicodeEncodeError, a ValueError, for half of a surrogate pair
+        text = text_of_json(text)
     else:
         _, tab, text = text.partition("\t")
         if not tab:
@@ -82,48 +144,95 @@ def parse_document(line, is_json):
     return text.strip()
 
 
+def corpus_lines(path, digest):
+    """Yield (number, line) of a corpus, plain or gzip, blank lines left out.
+
+    All its bytes go into `digest`. UserError where it cannot be read.
+    """
+    with open(path, "rb") as raw, tqdm(desc="Loading corpus", total=os.path.getsize(path),
+                                       unit="B", unit_scale=True) as bar:
+        is_gzip = raw.peek(2)[:2] == GZIP_MAGIC
+        file = gzip.GzipFile(fileobj=raw) if is_gzip else raw
+        read_line = partial(file.readline, LONGEST_LINE + 1)
+        for number, line in enumerate(iter(read_line, b""), start=1):
+            if len(line) > LONGEST_LINE:
+                raise UserError(f"{path}: line {number} is longer than {LONGEST_LINE >> 20} MB. "
+                                f"{ADVICE}")
+            digest.update(line)
+            bar.update(raw.tell() - bar.n)
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield number, line
+
+
 def read_corpus(path, store, digest):
-    """Write the texts of a corpus one after the other to the file `store` and all its bytes into `digest`; returns
-    where each of N texts ends, after a 0: [N + 1]. UserError with the first ten bad lines."""
-    ends, bad, is_json = array("q", [0]), [], None
+    """The Corpus in a file, its texts written to the file `store`, all its bytes into `digest`.
+
+    UserError with the first ten bad lines.
+    """
+    ends = array("q", [0])
+    problems, bad_count = "", 0
+    is_json = None
     try:
-        with open(path, "rb") as raw, tqdm(desc="Loading corpus", total=os.path.getsize(path), unit="B",
-                                           unit_scale=True) as bar:  # fmt: skip
-            file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
-            for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), start=1):
-                if len(line) > LONGEST_LINE:
-                    raise UserError(f"{path}: line {number} is longer than {LONGEST_LINE >> 20} MB. {ADVICE}")
-                digest.update(line)
-                bar.update(raw.tell() - bar.n)
-                line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")
-                if not line.strip():
-                    continue
-                is_json = line.lstrip().startswith(b"{") if is_json is None else is_json  # as the first line has it
-                try:
-                    ends.append(ends[-1] + store.write(parse_document(line, is_json).encode()))
-                except (ValueError, RecursionError) as error:
-                    bad.append(f"\n  line {number}: {error}" if len(bad) < 10 else "")
+        for number, line in corpus_lines(path, digest):
+            if is_json is None:  # as the first line has it
+                is_json = line.lstrip().startswith(b"{")
+            try:
+                text = parse_document(line, is_json)
+            except (ValueError, RecursionError) as error:
+                bad_count += 1
+                if bad_count <= SHOWN:
+                    problems += f"\n  line {number}: {error}"
+            else:
+                ends.append(ends[-1] + store.write(text.encode()))
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read or copied: {getattr(error, 'strerror', None) or error}") from error
-    if bad or len(ends) == 1:
-        more = f"\n  … and {len(bad) - 10} more" * (len(bad) > 10)
-        raise UserError(f"{path}: {len(bad) or 'no'} {'bad ' * bool(bad)}lines{''.join(bad)}{more}\n{ADVICE}")
-    return ends
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read or copied: {reason}") from error
+
+    if bad_count > SHOWN:
+        problems += f"\n  … and {bad_count - SHOWN} more"
+    if bad_count:
+        raise UserError(f"{path}: {bad_count} bad lines{problems}\n{ADVICE}")
+    if len(ends) == 1:
+        raise UserError(f"{path}: no lines\n{ADVICE}")
+    return Corpus(store, ends)
 
 
-def read_text(store, ends, number):
-    """Document `number` of the corpus: on disk, since a million Python strings would fill the memory."""
-    store.seek(ends[number])
-    return store.read(ends[number + 1] - ends[number]).decode()
+# ---- Search ----------------------------------------------------------------------------------
+CHUNK = 10_000  # documents that are embedded before the best so far are kept
+MOST_SCORES = 100_000_000  # of queries and documents at once: 0.4 GB
+RRF_K = 60  # Cormack et al.'s constant; their ranks count from 1
+
+
+def search_language(options, queries, corpus):
+    """The language, "zh" or "en", by whose words BM25 searches.
+
+    UserError where "auto" cannot tell it from the first 500 `queries` and documents.
+    """
+    if options.language != "auto":
+        return options.language
+    language = language_of(chain(queries[:500], islice(corpus.texts(), 500)))
+    if language not in ("zh", "en"):
+        raise UserError("the language is neither clearly Chinese nor English: pass --language zh "
+                        "or en")
+    return language
 
 
 def tokenizer_of(language):
-    """A function from a text to its terms: jieba's words with the shorter ones in them, or stems of English words."""
+    """A function from a text to its terms.
+
+    Of Chinese: jieba's words with the shorter ones in them; of English: the stems of words.
+    """
     if language == "zh":
         import jieba
 
         jieba.setLogLevel("WARNING")
-        return lambda text: [word for word in jieba.lcut_for_search(text.lower()) if word[0].isalnum()]
+
+        def words(text):
+            return [word for word in jieba.lcut_for_search(text.lower()) if word[0].isalnum()]
+
+        return words
     import Stemmer
 
     stemmer = Stemmer.Stemmer("english")
@@ -131,43 +240,73 @@ def tokenizer_of(language):
 
 
 def bm25_candidates(documents, queries, tokenize, count):
-    """The numbers of the `count` documents with the highest BM25 above 0 for each query, best first, of equals the
-    first. Lucene's variant, k1 1.5, b 0.75. All terms that are in no query are one to the index: they only count
-    towards the length of a document."""
+    """The numbers of the `count` documents with the highest BM25 above 0 for each query.
+
+    Best first, of equals the first. Lucene's variant, k1 1.5, b 0.75. All terms that are in no
+    query are one to the index: they only count towards the length of a document.
+    """
     import bm25s
 
     terms = [tokenize(query) for query in queries]
-    vocabulary = {"": 0, **{term: number for number, term in enumerate(dict.fromkeys(chain(*terms)), start=1)}}
-    ids = [array("i", (vocabulary.get(term, 0) for term in tokenize(text)))
-           for text in tqdm(documents, "Tokenizing corpus")]  # fmt: skip
+    vocabulary = {"": 0}  # 0: the terms that are in no query
+    for term in chain(*terms):
+        vocabulary.setdefault(term, len(vocabulary))
+
+    ids = []
+    for text in tqdm(documents, "Tokenizing corpus"):
+        ids.append(array("i", [vocabulary.get(term, 0) for term in tokenize(text)]))
     index = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
     index.index((ids, vocabulary))
-    found, count = [], min(count, len(ids))
-    for each in tqdm(terms, "Searching by BM25"):
-        scores = index.get_scores_from_ids([vocabulary[term] for term in each])
-        least = max(np.partition(scores, -count)[-count], np.finfo(scores.dtype).tiny)
-        chosen = np.flatnonzero(scores >= least)
-        found.append(chosen[np.argsort(-scores[chosen], kind="stable")][:count].tolist())
-    return found
+
+    count = min(count, len(ids))
+    candidates = []
+    for query_terms in tqdm(terms, "Searching by BM25"):
+        scores = index.get_scores_from_ids([vocabulary[term] for term in query_terms])
+        candidates.append(best_above_zero(scores, count))
+    return candidates
+
+
+def best_above_zero(scores, count):
+    """The places of the `count` highest scores [N] above 0, highest first, of equals the first.
+
+    [0, 2, 1, 2, 1] and 3: [1, 3, 2].
+    """
+    # Of a million scores only those are sorted that are as high as the lowest of the result.
+    lowest = np.partition(scores, -count)[-count]
+    lowest = max(lowest, np.finfo(scores.dtype).tiny)
+    places = np.flatnonzero(scores >= lowest)
+    order = np.argsort(-scores[places], kind="stable")
+    return places[order][:count].tolist()
 
 
 def embedding_candidates(documents, queries, name, count):
-    """The numbers of the `count` documents nearest to each query by cosine, best first, under an embedding model."""
+    """The numbers of the `count` documents nearest to each query, best first.
+
+    By the cosine under the embedding model `name`.
+    """
     from sentence_transformers import SentenceTransformer
 
     try:
         model = SentenceTransformer(name, device=str(DEVICE))
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--embedding_model {name} cannot be loaded: {str(error)[:500]}") from error
+        reason = str(error)[:500]
+        raise UserError(f"--embedding_model {name} cannot be loaded: {reason}") from error
     options = {"normalize_embeddings": True, "convert_to_tensor": True, "show_progress_bar": False}
-    of_queries = model.encode_query(queries, **options)
-    scores, numbers = of_queries.new_zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.long).to(DEVICE)
-    documents, size = iter(documents), min(CHUNK, 100_000_000 // len(queries) + 1)  # at most 0.4 GB of scores at once
+    query_vectors = model.encode_query(queries, **options)  # [Q, H]
+
+    # The best so far: scores and numbers, both [Q, up to `count`]
+    scores = query_vectors.new_zeros(len(queries), 0)
+    numbers = torch.zeros(len(queries), 0, dtype=torch.long).to(DEVICE)
+    documents = iter(documents)
+    size = min(CHUNK, MOST_SCORES // len(queries) + 1)
     with tqdm(desc="Searching by embeddings", unit="documents") as bar:
         while chunk := list(islice(documents, size)):
-            new = of_queries @ model.encode_document(chunk, **options).T
-            own = torch.arange(bar.n, bar.n + len(chunk), device=DEVICE).expand(len(queries), -1)
-            scores, numbers = torch.cat([scores, new], dim=1), torch.cat([numbers, own], dim=1)
+            vectors = model.encode_document(chunk, **options)  # [C, H]
+            chunk_numbers = torch.arange(bar.n, bar.n + len(chunk), device=DEVICE)
+            chunk_numbers = chunk_numbers.expand(len(queries), -1)  # [Q, C]
+            scores = torch.cat([scores, query_vectors @ vectors.T], dim=1)
+            numbers = torch.cat([numbers, chunk_numbers], dim=1)
+
             scores, kept = scores.topk(min(count, scores.shape[1]))
             numbers = numbers.gather(1, kept)
             bar.update(len(chunk))
@@ -177,186 +316,370 @@ def embedding_candidates(documents, queries, name, count):
 def fuse(rankings):
     """One ranking of several: reciprocal rank fusion."""
     weights = Counter()
-    for rank, number in chain(*map(enumerate, rankings)):
-        weights[number] += 1 / (61 + rank)
+    for ranking in rankings:
+        for rank, number in enumerate(ranking, start=1):
+            weights[number] += 1 / (RRF_K + rank)
     return sorted(weights, key=lambda number: (-weights[number], number))
 
 
-def earlier_lines(sidecar, key):
-    """The complete lines that an earlier call with the same `key`, the first line, left in its sidecar."""
-    first, *lines = sidecar.read_bytes().splitlines(keepends=True) if sidecar.exists() else [key]
-    if first.strip() != key:
-        raise UserError(f"{sidecar} is of other data, another model or other settings: remove it, or change --output")
-    return [line for line in lines if line.endswith(b"\n")]  # the last may have been cut off
+def search(queries, corpus, language, options):
+    """The numbers of the first range_max documents for each query."""
+    count = options.range_max
+    candidates = bm25_candidates(corpus.texts(), queries, tokenizer_of(language), count)
+    if options.embedding_model:
+        nearest = embedding_candidates(corpus.texts(), queries, options.embedding_model, count)
+        rankings = zip(candidates, nearest, strict=True)
+        candidates = [fuse(both)[:count] for both in rankings]
+    return candidates
 
 
-def screen(rows, numbers, read, options):
-    """Candidates that are to be scored, [(rank, text)], and why each of the others is not: [reason]. Texts that differ
-    in white space alone are the same."""
-    known = {"".join(content.split()): "known positive" if label >= options.middle else "known irrelevant"
-             for content, label in rows}  # fmt: skip
+# ---- Candidates of a query -------------------------------------------------------------------
+NOT_NEEDED = "not needed"  # it could be a negative, but there are enough
+
+
+@dataclass
+class Candidate:
+    """A document that the retriever found for a query."""
+    rank: int
+    text: str
+    score: float | None = None  # the reranker's probability
+    reason: str = ""  # why it is no negative
+
+
+@dataclass
+class Mined:
+    """What became of the candidates of a query."""
+    negatives: list  # Candidates, highest probability first
+    others: list  # Candidates that were scored and are no negatives, with their reasons
+    reasons: list  # why each of those that were not scored is none
+
+    def texts(self):
+        """The texts of the negatives."""
+        return [negative.text for negative in self.negatives]
+
+
+def bare(text):
+    """A text without its white space: texts that differ in that alone are the same."""
+    return "".join(text.split())
+
+
+def screen(query, corpus, options):
+    """The Candidates of a query that are to be scored, and why each other is not: [reason]."""
+    reason_of = {}  # {bare text: why a candidate with it is out}
+    for content, label in query.rows:
+        is_positive = label >= options.middle
+        reason_of[bare(content)] = "known positive" if is_positive else "known irrelevant"
+
     to_score, reasons = [], []
-    for rank, number in enumerate(numbers[options.range_min :], start=options.range_min):
-        text = read(number)
-        bare = "".join(text.split())
-        if bare in known:
-            reasons.append(known[bare])
+    for rank in range(options.range_min, len(query.numbers)):
+        text = corpus.text(query.numbers[rank])
+        reason = reason_of.get(bare(text))
+        if reason:
+            reasons.append(reason)
         else:
-            known[bare] = "same text as another candidate"
-            to_score.append((rank, text))
+            reason_of[bare(text)] = "same text as another candidate"
+            to_score.append(Candidate(rank, text))
     return to_score, reasons
 
 
-def choose(query, scored, positive, options):
-    """The negatives of a query, [(rank, text, score)], highest probability first, and the candidates that are none,
-    [(rank, text, reason, score)]; `positive` is the probability that the margins start from."""
-    fit, out = [], []
-    for rank, text, score in sorted(scored, key=lambda each: (-each[2], each[0])):
-        if options.max_score is not None and score > options.max_score:
-            out.append((rank, text, "max_score", score))
-        elif options.absolute_margin is not None and score > positive - options.absolute_margin:
-            out.append((rank, text, "absolute_margin", score))
-        elif options.relative_margin is not None and score > positive * (1 - options.relative_margin):
-            out.append((rank, text, "relative_margin", score))
-        else:
-            fit.append((rank, text, score))
+def limit_passed(score, positive, options):
+    """The name of the first limit that a candidate's probability lies above, "" for none.
+
+    `positive` is the probability that the margins start from.
+    """
+    limits = {}
+    if options.max_score is not None:
+        limits["max_score"] = options.max_score
+    if options.absolute_margin is not None:
+        limits["absolute_margin"] = positive - options.absolute_margin
+    if options.relative_margin is not None:
+        limits["relative_margin"] = positive * (1 - options.relative_margin)
+    for name, limit in limits.items():
+        if score > limit:
+            return name
+    return ""
+
+
+def drawn_places(fit, query, options):
+    """The places, in `fit`, of the candidates that become the negatives of a query."""
     count = min(options.num_negatives, len(fit))
-    chosen = list(range(count))
-    if options.sampling_strategy == "random":  # of each query on its own: other queries change nothing
-        chosen = sorted(random.Random(f"{options.seed} {query}").sample(range(len(fit)), count))
-    rest = [(rank, text, "not needed", score) for place, (rank, text, score) in enumerate(fit) if place not in chosen]
-    return [fit[place] for place in chosen], out + rest
+    if options.sampling_strategy == "top":
+        return list(range(count))
+    # Of each query on its own: what other queries there are changes nothing.
+    draw = random.Random(f"{options.seed} {query.text}")
+    return sorted(draw.sample(range(len(fit)), count))
 
 
-def write(output, options, rows, found, read):
-    """Write rows and negatives to `output`, gzip where its name ends so; `found`: {query: (candidates, probabilities of
-    its positives, then of the candidates that were scored)}. Returns the report, Markdown."""
-    counts, too_few, examples, shown = Counter(), 0, [], set(list(found)[:: math.ceil(len(found) / 5)])
-    with whole_file(output) as raw, (gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if output.suffix == ".gz" else
-                                     nullcontext(raw)) as file:  # fmt: skip
-        for query, known in rows.items():
-            lines = [{"query": query, "content": content, "label": label} for content, label in known]
-            if query in found:
-                to_score, reasons = screen(known, found[query][0], read, options)
-                texts = [content for content, label in known if label >= options.middle]
-                scores, others = found[query][1][: len(texts)], found[query][1][len(texts) :]
-                scored = [(*each, score) for each, score in zip(to_score, others, strict=True)]
-                kept, rest = choose(query, scored, float(np.median(scores)), options)
-                lines += [{"query": query, "content": text, "label": options.min_label} for _, text, _ in kept]
-                counts.update(["negative"] * len(kept) + reasons + [reason for _, _, reason, _ in rest])
-                too_few += len(kept) < options.num_negatives
-                if query in shown:
-                    parts = [("positive", score, text) for score, text in zip(scores, texts, strict=True)][:3]
-                    parts += [(f"negative, rank {rank}", score, text) for rank, text, score in kept][:3]
-                    parts += [(f"out by {reason}, rank {rank}", score, text) for rank, text, reason, score in rest
-                              if reason != "not needed"][:3]  # fmt: skip
-                    examples += [f"\n{' '.join(query.split())}\n", *(
-                        f"- {score:.3f} {what}: {' '.join(text.split())[:150]}" for what, score, text in parts)]
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-    table = [f"| {what} | {count} | {count / counts.total():.1%} |" for what, count in counts.most_common()]
-    return "\n".join([f"{len(found)} queries with a positive of {len(rows)}; {too_few} of them have fewer than "
-                      f"{options.num_negatives} negatives.\n\n| candidates | count | share |\n| --- | --- | --- |",
-                      *table, "\nExamples, with the reranker's probabilities:", *examples])  # fmt: skip
+def choose(query, corpus, options):
+    """What became of the candidates of a query that was scored, as Mined."""
+    candidates, reasons = screen(query, corpus, options)
+    count = len(query.positives)
+    for candidate, score in zip(candidates, query.scores[count:], strict=True):
+        candidate.score = score
+    positive = float(np.median(query.scores[:count]))
+
+    fit, others = [], []
+    for candidate in sorted(candidates, key=lambda candidate: (-candidate.score, candidate.rank)):
+        candidate.reason = limit_passed(candidate.score, positive, options)
+        if candidate.reason:
+            others.append(candidate)
+        else:
+            fit.append(candidate)
+
+    places = drawn_places(fit, query, options)
+    for place, candidate in enumerate(fit):
+        if place not in places:
+            candidate.reason = NOT_NEEDED
+            others.append(candidate)
+    return Mined([fit[place] for place in places], others, reasons)
+
+
+# ---- Scoring, which goes on where it was -----------------------------------------------------
+# OUTPUT.unfinished holds a key of all that candidates and scores depend on, then in JSON a line
+# with the candidates' numbers of all queries, and for each query a line of probabilities.
+def key_of(digest, model, settings):
+    """The first line of a sidecar: `digest`, of rows and corpus, with the model and `settings`."""
+    for part in (model.plain_tokenizer.to_str(), model.model.config.to_json_string(), settings):
+        digest.update(part.encode())
+    for weight in model.state_dict().values():
+        digest.update(weight.numpy())
+    return digest.hexdigest().encode()
+
+
+def earlier_lines(sidecar, key):
+    """The whole lines after the first, `key`, that an earlier call left in its sidecar."""
+    if not sidecar.exists():
+        return []
+    first, *lines = sidecar.read_bytes().splitlines(keepends=True)
+    if first.strip() != key:
+        raise UserError(f"{sidecar} is of other data, another model or other settings: remove it, "
+                        "or change --output")
+    return [line for line in lines if line.endswith(b"\n")]  # the last may have been cut off
+
+
+def restore(queries, lines):
+    """Give queries what the lines of a sidecar hold; scores may be there of the first alone."""
+    numbers, *scores = map(json.loads, lines)
+    for query, numbers_of_query in zip(queries, numbers, strict=True):
+        query.numbers = numbers_of_query
+    for query, scores_of_query in zip(queries, scores, strict=False):
+        query.scores = scores_of_query
+
+
+def load_reranker(name):
+    """The reranker that scores; UserError for an encoder without a head: its scores are noise."""
+    model = BertRerankerModel.from_pretrained(name).eval()
+    if model.new_weights:
+        raise UserError(f"{name} is no reranker: it lacks {', '.join(model.new_weights)}")
+    return model
+
+
+def score(model, query, corpus, options):
+    """Probabilities of a query's positives, then of its candidates."""
+    candidates, _ = screen(query, corpus, options)
+    texts = query.positives + [candidate.text for candidate in candidates]
+    pairs = [(query.text, text) for text in texts]
+    return model.predict(pairs, show_progress_bar=False).tolist()
+
+
+# ---- Output and report -----------------------------------------------------------------------
+SHOWN_QUERIES = 5  # in the report, from all over the file
+SHOWN_TEXTS = 3  # of each kind
+
+
+@dataclass
+class Tally:
+    """What the report says of the queries so far."""
+    queries: int = 0
+    too_few: int = 0  # queries with fewer negatives than asked for
+    counts: Counter = field(default_factory=Counter)  # {what became of a candidate: how many}
+    examples: list = field(default_factory=list)  # lines
+
+    def add(self, mined, options):
+        self.queries += 1
+        if len(mined.negatives) < options.num_negatives:
+            self.too_few += 1
+        self.counts.update("negative" for _ in mined.negatives)
+        self.counts.update(mined.reasons)
+        self.counts.update(candidate.reason for candidate in mined.others)
+
+
+def examples_of(query, mined):
+    """Lines that show some positives, negatives and texts that a limit kept out."""
+    lines = [f"\n{' '.join(query.text.split())}\n"]
+    for score, text in list(zip(query.scores, query.positives, strict=False))[:SHOWN_TEXTS]:
+        lines.append(example_line(score, "positive", text))
+
+    for candidate in mined.negatives[:SHOWN_TEXTS]:
+        what = f"negative, rank {candidate.rank}"
+        lines.append(example_line(candidate.score, what, candidate.text))
+
+    left_out = [candidate for candidate in mined.others if candidate.reason != NOT_NEEDED]
+    for candidate in left_out[:SHOWN_TEXTS]:
+        what = f"out by {candidate.reason}, rank {candidate.rank}"
+        lines.append(example_line(candidate.score, what, candidate.text))
+    return lines
+
+
+def example_line(score, what, text):
+    return f"- {score:.3f} {what}: {' '.join(text.split())[:150]}"
+
+
+def report_of(tally, queries, options):
+    """The report of a run on `queries`, Markdown."""
+    lines = [
+        f"{tally.queries} queries with a positive of {len(queries)}; {tally.too_few} of them have "
+        f"fewer than {options.num_negatives} negatives.",
+        "",
+        "| candidates | count | share |",
+        "| --- | --- | --- |",
+    ]
+    for what, count in tally.counts.most_common():
+        lines.append(f"| {what} | {count} | {count / tally.counts.total():.1%} |")
+    lines += ["", "Examples, with the reranker's probabilities:", *tally.examples]
+    return "\n".join(lines)
+
+
+def write(output, queries, corpus, options):
+    """Write rows and negatives to `output`, gzip where its name ends so; returns the report."""
+    searched = [query.text for query in queries if query.positives]
+    shown = set(searched[:: math.ceil(len(searched) / SHOWN_QUERIES)])
+    tally = Tally()
+    with whole_file(output) as raw:
+        is_gzip = output.suffix == ".gz"
+        with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if is_gzip else nullcontext(raw) as file:
+            for query in queries:
+                rows = query.rows
+                if query.positives:
+                    mined = choose(query, corpus, options)
+                    rows = rows + [(text, options.min_label) for text in mined.texts()]
+                    tally.add(mined, options)
+                    if query.text in shown:
+                        tally.examples += examples_of(query, mined)
+                file.write(lines_of(query.text, rows))
+    return report_of(tally, queries, options)
+
+
+def lines_of(query, rows):
+    """The (content, label) rows of a query as JSONL in UTF-8."""
+    lines = ""
+    for content, label in rows:
+        row = {"query": query, "content": content, "label": label}
+        lines += json.dumps(row, ensure_ascii=False) + "\n"
+    return lines.encode()
+
+
+# ---- A run -----------------------------------------------------------------------------------
+WORDS_BY = {"zh": "jieba (zh)", "en": "the English stemmer of PyStemmer (en)"}
 
 
 def mine(options):
     """Mine as the command line says; returns the report."""
     output = Path(options.output)
-    sidecar, report = (output.with_name(output.name + end) for end in (".unfinished", ".report.md"))
+    sidecar = output.with_name(f"{output.name}.unfinished")
     if output.exists() and not sidecar.exists():
         raise UserError(f"{output} exists already: remove it, or take another --output")
+
     seed_everything(options.seed)
-    model = BertRerankerModel.from_pretrained(options.model_name_or_path).eval()
-    if model.new_weights:
-        raise UserError(f"{options.model_name_or_path} is no reranker: it lacks {', '.join(model.new_weights)}")
-    digest, rows = hashlib.sha256(), {}
-    for query, content, label, _ in read_rows(options.rows, options.min_label, options.max_label, digest):
-        rows.setdefault(query, []).append((content, label))
-    queries = [query for query in rows if any(label >= options.middle for _, label in rows[query])]
-    if not queries:
-        raise UserError(f"{options.rows}: no row has a label of {options.middle} or more: nothing to mine for")
+    model = load_reranker(options.model_name_or_path)
+    digest = hashlib.sha256()
+    queries = read_queries(options, digest)
+    searched = [query for query in queries if query.positives]
+    if not searched:
+        raise UserError(f"{options.rows}: no row has a label of {options.middle} or more: nothing "
+                        "to mine for")
+
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=output.parent) as store:  # of as many bytes as the texts have
-        ends = read_corpus(options.corpus, store, digest)
-        read, count = partial(read_text, store, ends), len(ends) - 1
-        language = options.language
-        if language == "auto":
-            language = language_of(chain(queries[:500], map(read, range(min(500, count)))))
-            if language not in ("zh", "en"):
-                raise UserError("the language is neither clearly Chinese nor English: pass --language zh or en")
-        say(f"{count} documents, {len(queries)} queries. Words by "
-            f"{'jieba (zh).' if language == 'zh' else 'the English stemmer of PyStemmer (en).'}")
-        settings = [language, options.embedding_model, options.range_min, options.range_max, options.middle]
-        for part in (model.plain_tokenizer.to_str(), model.model.config.to_json_string(), repr(settings)):
-            digest.update(part.encode())
-        for weight in model.state_dict().values():
-            digest.update(weight.numpy())
-        key = digest.hexdigest().encode()
+        corpus = read_corpus(options.corpus, store, digest)
+        texts = [query.text for query in searched]
+        language = search_language(options, texts, corpus)
+        say(f"{len(corpus)} documents, {len(texts)} queries. Words by {WORDS_BY[language]}.")
+        settings = [language, options.embedding_model, options.range_min, options.range_max,
+                    options.middle]
+        key = key_of(digest, model, repr(settings))
+
         lines = earlier_lines(sidecar, key)
         if not lines:
-            found = bm25_candidates(map(read, range(count)), queries, tokenizer_of(language), options.range_max)
-            if options.embedding_model:
-                nearest = embedding_candidates(map(read, range(count)), queries, options.embedding_model,
-                                               options.range_max)  # fmt: skip
-                found = [fuse(both)[: options.range_max] for both in zip(found, nearest, strict=True)]
-            lines = [json.dumps(found).encode() + b"\n"]
-        with whole_file(sidecar) as file:
+            numbers = search(texts, corpus, language, options)
+            lines = [json.dumps(numbers).encode() + b"\n"]
+        with whole_file(sidecar) as file:  # without a line that was cut off
             file.writelines([key + b"\n", *lines])
-        numbers, *scores = map(json.loads, lines)
+        restore(searched, lines)
+
         model.to(DEVICE)
         with open(sidecar, "ab") as file:
-            bar = tqdm(zip(queries, numbers, strict=True), "Scoring", len(queries))
-            for place, (query, own) in enumerate(bar):
-                if place >= len(scores):  # else an earlier call did it
-                    texts = [content for content, label in rows[query] if label >= options.middle]
-                    texts += [text for _, text in screen(rows[query], own, read, options)[0]]
-                    scores.append(model.predict([(query, text) for text in texts], show_progress_bar=False).tolist())
-                    file.write(json.dumps(scores[-1]).encode() + b"\n")
+            for query in tqdm(searched, "Scoring"):
+                if query.scores is None:  # else an earlier call did it
+                    query.scores = score(model, query, corpus, options)
+                    file.write(json.dumps(query.scores).encode() + b"\n")
                     file.flush()
-        found = dict(zip(queries, zip(numbers, scores, strict=True), strict=True))
-        text = write(output, options, rows, found, read)
-    with whole_file(report) as file:
-        file.write(text.encode())
+        report = write(output, queries, corpus, options)
+
+    with whole_file(output.with_name(f"{output.name}.report.md")) as file:
+        file.write(report.encode())
     sidecar.unlink()
-    return text
+    return report
 
 
+# ---- Command line ----------------------------------------------------------------------------
 def number_or_none(text):
     """The number in `text`; None for "None"."""
     return None if text == "None" else float(text)
 
 
-def main():
-    """Parse the command line, mine, print the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_command_line():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("rows", metavar="ROWS", help="JSONL rows with queries and their positives, plain or gzip")
     add("--corpus", required=True, help="documents to mine from")
     add("--output", required=True, help="JSONL to write; gzip where it ends in .gz")
     add("--model_name_or_path", default="BAAI/bge-reranker-large",
-        help="the reranker that scores candidates: your best one (default BAAI/bge-reranker-large)")  # fmt: skip
+        help="the reranker that scores candidates: your best one (default BAAI/bge-reranker-large)")
     add("--embedding_model", help="of sentence-transformers: its candidates join those of BM25")
-    add("--language", choices=("auto", "zh", "en"), default="auto", help="how BM25 finds words (default auto)")
+    add("--language", choices=("auto", "zh", "en"), default="auto",
+        help="how BM25 finds words (default auto)")
     add("--num_negatives", type=int, default=4, help="of each query (default 4)")
-    add("--range_min", type=int, default=0, help="the retriever's rank of the first candidate, from 0 (default 0)")
-    add("--range_max", type=int, default=50, help="rank before which candidates end (default 50)")
-    add("--sampling_strategy", choices=("top", "random"), default="top", help="top (default): highest probabilities")
+    add("--range_min", type=int, default=0,
+        help="the retriever's rank of the first candidate, from 0 (default 0)")
+    add("--range_max", type=int, default=50,
+        help="rank before which candidates end (default 50)")
+    add("--sampling_strategy", choices=("top", "random"), default="top",
+        help="top (default): highest probabilities")
     add("--max_score", type=number_or_none, help="no negatives of a probability above this")
     add("--absolute_margin", type=number_or_none, help="nor above the positive's less this")
-    add("--relative_margin", type=number_or_none, default=0.05, help="nor above the positive's times 1 - this "
-        "(default 0.05; None: no such limit)")  # fmt: skip
-    add("--min_label", type=float, default=0.0, help="of irrelevant rows, and of those mined (default 0)")
+    add("--relative_margin", type=number_or_none, default=0.05,
+        help="nor above the positive's times 1 - this (default 0.05; None: no such limit)")
+    add("--min_label", type=float, default=0.0,
+        help="of irrelevant rows, and of those mined (default 0)")
     add("--max_label", type=float, default=1.0, help="of fully relevant rows (default 1)")
     add("--seed", type=int, default=42, help="of random sampling (default 42)")
+
     options = parser.parse_args()
     options.middle = (options.min_label + options.max_label) / 2
-    options.min_label = int(options.min_label) if options.min_label.is_integer() else options.min_label
+    if options.min_label.is_integer():
+        options.min_label = int(options.min_label)  # rows say 0, not 0.0
+    return options
+
+
+def check_options(options):
+    """UserError where options contradict each other."""
+    if options.min_label >= options.max_label:
+        raise UserError(f"min_label {options.min_label} is not below max_label {options.max_label}")
+    room = options.range_max - options.range_min
+    if options.range_min < 0 or not 1 <= options.num_negatives <= room:
+        raise UserError(
+            f"{options.num_negatives} negatives of ranks {options.range_min} to "
+            f"{options.range_max}: range_min counts from 0, and range_max is to leave room for "
+            "num_negatives")
+
+
+def main():
+    """Parse the command line, mine, print the report."""
+    options = parse_command_line()
     try:
-        if options.min_label >= options.max_label:
-            raise UserError(f"min_label {options.min_label} is not below max_label {options.max_label}")
-        if options.range_min < 0 or not 1 <= options.num_negatives <= options.range_max - options.range_min:
-            raise UserError(f"{options.num_negatives} negatives of ranks {options.range_min} to {options.range_max}: "
-                            "range_min counts from 0, and range_max is to leave room for num_negatives")  # fmt: skip
+        check_options(options)
         say("\n" + mine(options))
     except ModuleNotFoundError as error:
         sys.exit(f"Error: {error}: pip install bm25s PyStemmer jieba sentence-transformers")
