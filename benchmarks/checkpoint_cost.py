@@ -46,9 +46,9 @@ def main():
     saves, loads, sizes = [], [], []
     save, step = train_bert_rerank.save_checkpoint, train_bert_rerank.train_step
 
-    def save_and_look(*arguments):
-        save(*arguments)
-        sizes.append({path.parent.name: path.stat().st_size for path in arguments[3].rglob("*.pt")})
+    def save_and_look(run):
+        save(run)
+        sizes.append({path.parent.name: path.stat().st_size for path in run.folder.rglob("*.pt")})
 
     def step_or_die(*arguments):
         if len(saves) == 1 and not loads:

@@ -69,8 +69,8 @@ def interpolation(options):
                                                 "eval_steps": eval_steps, "seed": seed,
                                                 "base_interpolation": [0.25, 0.5, 0.75]})  # fmt: skip
             (base, *candidates), *_ = seen.pop()
-            ndcg = [each["metrics"]["ndcg@10"] for each in candidates]
-            count = sum(each["base_interpolation"] == 0 for each in candidates)
+            ndcg = [each.metrics["ndcg@10"] for each in candidates]
+            count = sum(each.base_interpolation == 0 for each in candidates)
             changes.append([np.mean([product.cross_fit(base, among, split).mean() for split in range(20)])
                             for among in (candidates[:count], candidates)])
             mixed = " ".join(f"{each:.4f}" for each in ndcg[count:])

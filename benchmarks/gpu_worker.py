@@ -79,7 +79,7 @@ SECTIONS_OF_STEP = [  # owner, function, section
 PARTS_OF_RUN = [  # title, owner, function
     ("reading and checking the data", script, "load_data"),
     ("loading the model", script, "load_base"),
-    ("checksums of weights and rows", script, "describe"),
+    ("checksums of weights and rows", script, "identity_of"),
     ("tokenising", script.RerankDataset, "__init__"),
     ("model to the card, optimizer", Accelerator, "prepare"),
     ('the probe of "auto"', script, "largest_micro_batch"),
