@@ -1591,7 +1591,7 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             for name in self.SIGNALS:
                 number = getattr(signal, name, None)
-                # Nohup, a script's &.
+                # SIG_IGN: so nohup and a script's & have it.
                 if number is None or signal.getsignal(number) == signal.SIG_IGN:
                     continue
                 handlers_before[number] = signal.signal(number, self.note)
@@ -1602,7 +1602,8 @@ class StopRequest:
             self.arrivals.clear()
             for number, handler in handlers_before.items():
                 signal.signal(number, handler)
-        for number, _ in late:  # after the last step, where nothing looks any more
+        # Only where the loop came to its end: a signal after the last step, for which nobody looked.
+        for number, _ in late:
             signal.raise_signal(number)
 
 
@@ -1672,8 +1673,8 @@ class Run:
     progress: Progress
     checkpoint: Checkpoint | None = None  # to go on from, until its weights are in the model
     stop: StopRequest = field(default_factory=StopRequest)
-    # {name: the base's}, where fit_bias() shifted it.
-    shifted_bias: dict = field(default_factory=dict)
+    # {name: the base's bias}, where fit_bias() shifted it.
+    unshifted_bias: dict = field(default_factory=dict)
     # {name: trained weight} in host memory; None: the last weights are kept.
     base_weights: dict | None = None
     best_weights: dict | None = None
@@ -1705,13 +1706,13 @@ def any_process(accelerator, is_so):
 
 
 # ---- Preparation ---------------------------------------------------------------------------------
-# Micro_batch_tokens "auto" without a memory of the device's own.
+# What micro_batch_tokens "auto" stands for where the device has no memory of its own.
 MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 4096}
 
 
 def start_processes():
     """Let accelerate find the processes and the device of this run."""
-    # Of an earlier train(), as in a notebook.
+    # That of an earlier train(), as in a notebook, goes.
     AcceleratorState._reset_state(reset_partial_state=True)
     # Unless told, accelerate overlooks the other CPU processes.
     is_cpu = not torch.accelerator.is_available()
@@ -1740,7 +1741,7 @@ def prepare(args, run_dir, checkpoint_folder):
     if checkpoint_folder:
         checkpoint = load_checkpoint(checkpoint_folder, args, identity, record)
 
-    # It writes the token ids that the others then find.
+    # The first process of a machine writes the token ids that the others then find.
     with PartialState().local_main_process_first():
         train_data = RerankDataset(train_rows, paths, "train", model, args)
         eval_data = RerankDataset(eval_rows, paths, "eval", model, args)
@@ -2002,7 +2003,7 @@ def start_loggers(run):
     }
     config = args if args["log_with"] == "wandb" else None
     run.accelerator.init_trackers("train_bert_rerank", config, {"wandb": wandb})
-    # So indented, TensorBoard shows them as they are.
+    # TensorBoard takes text for Markdown, and shows what is indented by four as it is.
     lines = [f"    {key}: {value!r}" for key, value in args.items()]
     run.accelerator.log({"args": "\n".join(lines)}, step=0)
 
@@ -2113,7 +2114,7 @@ def fill_in(candidate, dataset, metric):
     values = metric_values(metric, dataset.lists[metric], labels, scores)
     candidate.values = torch.from_numpy(values)
     candidate.quality = round(float(values.mean()), 9)
-    # Mixtures have a step of the log in common with what they are made of.
+    # A mixture is not logged: its step in the log is that of what it is made of.
     if not candidate.base_interpolation:
         for key, value in {**candidate.metrics, **health}.items():
             if value is not None:
@@ -2209,7 +2210,7 @@ def load_checkpoint(folder, args, identity, record):
             path = folder.parent / f"best_weights-{progress.best_step:08}.pt"
             best_weights = torch.load(path, "cpu", weights_only=True)
         checkpoint = Checkpoint(folder, progress=progress, best_weights=best_weights, **state)
-    # Torch.load raises a dozen types for files that are not what it expects.
+    # torch.load raises a dozen types for files that are not what it expects.
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).partition('. ')[0]}"
         raise UserError(
@@ -2492,7 +2493,7 @@ def fit_bias(run):
         f"The logits stand {-shift:+.1f} off the labels: "
         "the head's bias is shifted by as much before training."
     )
-    run.shifted_bias = {name: bias.detach().clone()}
+    run.unshifted_bias = {name: bias.detach().clone()}
     bias.data += shift
 
 
@@ -2523,7 +2524,7 @@ def fine_tune(run):
     each epoch's end or every `eval_steps`, then mixtures of the best weights with the base's."""
     progress = run.progress
     if run.eval_data and run.args["load_best_model_at_end"]:
-        run.base_weights = host_copy(run.model)
+        run.base_weights = host_copy(run.model)  # with the bias as fit_bias() left it
     if run.checkpoint:
         restore(run)
     # DDP orders its sums anew after a first backward: let that weigh nothing.
@@ -2734,7 +2735,7 @@ def judge(candidates, dataset, metric, args):
     tuned = [candidate for candidate in tuned if candidate.quality > -math.inf]
     if not tuned:
         tuned = [base]
-    # Of equals the first: the less mixed.
+    # The first of equals, so the less mixed.
     best = max(tuned, key=lambda candidate: candidate.quality)
 
     labels = dataset.labels.numpy()
@@ -2923,7 +2924,7 @@ def write_results(run, outcome):
     if outcome.is_base:
         model.save_pretrained(folder / "fine_tuned_model")
         set_weights(model, (run.best_weights, run.base_weights), 1.0)
-        model.load_state_dict(run.shifted_bias, strict=False)  # the base as it was
+        model.load_state_dict(run.unshifted_bias, strict=False)  # the base as it was
     model.save_pretrained(folder / "final_model")
     write_model_card(run, outcome)
 
@@ -3038,7 +3039,7 @@ def draw_score_distribution(probabilities, labels, path):
 
     irrelevant, relevant = np.flatnonzero(labels < 0.5), np.flatnonzero(labels >= 0.5)
     sides = [irrelevant, relevant]
-    # Of each row, on its side.
+    # What a row counts in the bars, in percent of its side.
     percent = [np.full(len(rows), 100 / max(len(rows), 1)) for rows in sides]
     figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(probabilities), sharey=True, squeeze=False)[0]
