@@ -188,7 +188,9 @@ import train_bert_rerank
 calls, clip = [], train_bert_rerank.Accelerator.clip_grad_norm_
 def clip_late(*arguments):
     calls.append(1)
-    time.sleep(60 * (len(calls) == 2))
+    if len(calls) == 2:
+        print("a step of a minute", flush=True)
+        time.sleep(60)
     return clip(*arguments)
 train_bert_rerank.Accelerator.clip_grad_norm_ = clip_late
 train_bert_rerank.main()
@@ -199,7 +201,7 @@ def test_a_second_signal_ends_the_run_at_once_and_writes_no_checkpoint(settings,
     """While the second step, which lasts a minute, is done."""
     (tmp_path / "long_step.py").write_text(LONG_STEP, encoding="utf-8")
     settings = {**settings, "eval_dataset": None, "save_steps": 1}
-    run = Process(settings, script=tmp_path / "long_step.py").wait_for(at_step(1)).send(signal.SIGTERM)
+    run = Process(settings, script=tmp_path / "long_step.py").wait_for("a step of a minute").send(signal.SIGTERM)
     time.sleep(5.2)  # what comes sooner may be the same signal, by way of a launcher
     status, output = run.send(signal.SIGTERM).end()
     assert status == -signal.SIGTERM and "Stopped by" not in output, output
@@ -248,8 +250,10 @@ CRASHING = """
 import gc, json, os, shutil, sys
 sys.path.insert(0, {root!r})
 import train_bert_rerank
-gc.freeze()  # the children need not look at what was imported
 settings, folder = json.loads(sys.argv[1]), sys.argv[2]
+train_bert_rerank.BertRerankerModel.from_pretrained(settings["model_name_or_path"])  # which imports more
+import matplotlib.backends.backend_agg, matplotlib.figure
+gc.freeze()  # the children need not look at what was imported
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "open")  # events of sys.audit that change a disk
 changes = []
 
@@ -287,7 +291,7 @@ def test_cut_off_before_any_change_of_the_disk_the_next_run_ends_with_the_same_b
 ):
     """It replaces an earlier run's results, of another seed and with one more, so that their moving is cut off too."""
     settings = {**settings, "train_dataset": write_jsonl("train.jsonl", rows_of(24)), "save_steps": 1, "eval_steps": 1,
-                "eval_dataset": write_jsonl("eval.jsonl", rows_of(12, 6)), "epochs": 1, "save_total_limit": 1,
+                "eval_dataset": write_jsonl("eval.jsonl", rows_of(10, 5)), "epochs": 1, "save_total_limit": 1,
                 "base_interpolation": [], "log_with": None}  # fmt: skip
     train_bert_rerank.train({**settings, "seed": 1, "output_dir": str(tmp_path / "earlier")})
     (tmp_path / "earlier" / "fine_tuned_model").mkdir()
