@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -66,11 +67,11 @@ def run_main(monkeypatch, capsys):
         capsys.readouterr()
         status = 0
         try:
-            train_bert_rerank.main()
+            with redirect_stderr(sys.stdout):  # in the order in which it is printed
+                train_bert_rerank.main()
         except SystemExit as end:
             status = end.code
-        printed = capsys.readouterr()
-        return status, printed.out + printed.err
+        return status, capsys.readouterr().out
 
     return run
 
@@ -109,7 +110,7 @@ def small_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small_pictures():
-    """For tests that look at no picture: each is saved as one of 2 x 2, which is a quarter of a small run's time less."""
+    """For tests that look at no picture: each is one of 2 x 2, and a small run takes a quarter less time."""
     from matplotlib.figure import Figure
     from PIL import Image
 
