@@ -15,7 +15,7 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from conftest import ROOT, TINY, command_line, rows_of, write_rows
+from conftest import ROOT, command_line, rows_of, write_rows
 from safetensors.torch import load_file, save_file
 from test_training import scalars_of, update_errors, without_dropout  # noqa: F401
 
