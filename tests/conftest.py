@@ -1,10 +1,13 @@
-"""What the tests share: the repository's files, and running the script as a user does."""
+"""What the tests share: the repository's files, a small model, and running the script as a user does."""
 
+import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -18,16 +21,25 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two processes on two core
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_collection_finish():
+    gc.freeze()  # a run collects garbage at its end, and need not look at all that was imported for that
+
+
+def write_rows(path, rows):
+    """Write a JSONL file: its path as text."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
 @pytest.fixture
 def write_jsonl(tmp_path):
     """write_jsonl(name, rows) -> path of a new JSONL file in the test's folder."""
+    return lambda name, rows: write_rows(tmp_path / name, rows)
 
-    def write(name, rows):
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        return str(path)
 
-    return write
+def command_line(settings):
+    """["--key", "value", …] of a dict of settings."""
+    return [text for key, value in settings.items() for text in (f"--{key}", str(value))]
 
 
 @pytest.fixture
@@ -41,6 +53,25 @@ def run_script(tmp_path):
             cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=timeout,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
         )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """run_main("--epochs", 1, …) -> (exit status, what is printed) of the script's main(), in this process."""
+    import train_bert_rerank
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train_bert_rerank.py", *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            with redirect_stderr(sys.stdout):  # in the order in which it is printed
+                train_bert_rerank.main()
+        except SystemExit as end:
+            status = end.code
+        return status, capsys.readouterr().out
 
     return run
 
@@ -60,3 +91,29 @@ def reranker():
     from train_bert_rerank import BertRerankerModel
 
     return BertRerankerModel.from_pretrained(TINY).eval()
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory):
+    """Folder of a reranker of one layer, 16 wide, with random weights: where any model shows what is looked at."""
+    import torch
+    from transformers import AutoConfig, XLMRobertaForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("models") / "small"
+    shutil.copytree(TINY, folder)
+    config = AutoConfig.from_pretrained(TINY)
+    config.update({"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16})
+    torch.manual_seed(0)
+    XLMRobertaForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def small_pictures():
+    """For tests that look at no picture: each is one of 2 x 2, and a small run takes a quarter less time."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, path, **_: Image.new("RGBA", (2, 2)).save(path))
+        yield

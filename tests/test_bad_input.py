@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, rows_of
+from conftest import ROOT, rows_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -187,7 +187,7 @@ def test_ordinary_text_of_any_script_is_printed_as_it_is(text):
 
 # ---- Network, remote code, pickle, shell -----------------------------------------------------------------------------
 WITHOUT_NETWORK = """
-import runpy, socket, sys
+import json, runpy, socket, sys
 
 def refuse(*arguments, **options):
     print("ASKED FOR THE NETWORK", flush=True)
@@ -197,27 +197,32 @@ for name in ("connect", "connect_ex", "sendto"):
     setattr(socket.socket, name, refuse)
 for name in ("getaddrinfo", "gethostbyname", "create_connection"):
     setattr(socket, name, refuse)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+script, *runs = sys.argv[1:]
+for arguments in map(json.loads, runs):
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+    print("IT ENDED", flush=True)
 """
 
 
-def run_without_network(folder, **settings):
+def run_without_network(folder, *runs):
+    """CompletedProcess of runs with these settings, one after the other, in one process."""
     environment = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_HUB_CACHE")}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "huggingface")}
-    arguments = [f"--{key}={value}" for key, value in settings.items()]
+    arguments = [json.dumps([f"--{key}={value}" for key, value in settings.items()]) for settings in runs]
     return subprocess.run([sys.executable, "-c", WITHOUT_NETWORK, str(ROOT / "train_bert_rerank.py"), *arguments],
                           cwd=folder, env=environment, timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True, encoding="utf-8")  # fmt: skip
 
 
-def test_a_whole_run_with_a_local_model_asks_for_no_network(write_jsonl, tmp_path):
+def test_a_whole_run_with_a_local_model_asks_for_no_network(small_model, write_jsonl, tmp_path):
     options = {"train_dataset": write_jsonl("train.jsonl", rows_of(40, 20)), "epochs": 1, "mixed_precision": "no"}
-    done = run_without_network(tmp_path, model_name_or_path=TINY, output_dir="output", **options)
-    assert done.returncode == 0 and "Verdict: " in done.stdout, done.stdout
-    assert "ASKED FOR THE NETWORK" not in done.stdout
-    other = run_without_network(tmp_path, model_name_or_path="someone/elses", output_dir="other", **options)
-    assert other.returncode == 1 and "ASKED FOR THE NETWORK" in other.stdout, "it would have been seen"
+    done = run_without_network(tmp_path, {"model_name_or_path": small_model, "output_dir": "output", **options},
+                               {"model_name_or_path": "someone/elses", "output_dir": "other", **options})
+    local, ended, other = done.stdout.partition("IT ENDED")
+    assert ended and "Verdict: " in local, done.stdout
+    assert "ASKED FOR THE NETWORK" not in local
+    assert done.returncode == 1 and "ASKED FOR THE NETWORK" in other, "it would have been seen"
 
 
 def test_the_script_holds_no_pickle_no_shell_and_one_eval_which_is_of_its_own_source():

@@ -26,17 +26,13 @@ LONG = "充不进电时请看说明书。" * 40
 MAX_LEN = 64
 
 
-def write_rows(path, count=60):
-    rows = (ROOT / "default_eval_data.jsonl").read_text(encoding="utf-8").splitlines()[: count * 8]
+def trained(folder, queries=10, **changes):
+    """What train() returned for a short run into folder/my_reranker, with half of the queries held out."""
+    rows = (ROOT / "default_eval_data.jsonl").read_text(encoding="utf-8").splitlines()[: queries * 8]
+    path = folder / "rows.jsonl"
     path.write_text("\n".join(rows), encoding="utf-8")
-    return str(path)
-
-
-def trained(folder, **changes):
-    """What train() returned for a short run into folder/my_reranker."""
-    rows = write_rows(folder / "rows.jsonl")
-    return train({"model_name_or_path": TINY, "train_dataset": rows, "eval_proportion": 0.5, "epochs": 1, "lr": 3e-4,
-                  "max_len": MAX_LEN, "mixed_precision": "no", "log_with": None, "base_interpolation": (),
+    return train({"model_name_or_path": TINY, "train_dataset": str(path), "eval_proportion": 0.5, "epochs": 1,
+                  "lr": 3e-4, "max_len": MAX_LEN, "mixed_precision": "no", "log_with": None, "base_interpolation": (),
                   "output_dir": str(folder / "my_reranker"), **changes})  # fmt: skip
 
 
@@ -44,7 +40,7 @@ def trained(folder, **changes):
 def run(tmp_path_factory):
     """(folder of the saved model, what train() returned)."""
     folder = tmp_path_factory.mktemp("clients")
-    return str(folder / "my_reranker" / "final_model"), trained(folder)
+    return str(folder / "my_reranker" / "final_model"), trained(folder, queries=60)
 
 
 @pytest.fixture(scope="session")

@@ -453,21 +453,22 @@ def test_the_formats_of_mine_hard_negatives_hold_the_same_rows(convert, tmp_path
     assert {row[:2] for row in found} == positives | {*negatives}
 
 
-def test_from_the_scripts_error_on_a_csv_to_a_trained_model(tmp_path, run_script):
+def test_from_the_scripts_error_on_a_csv_to_a_trained_model(tmp_path, small_model, run_main, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     rows = [("问题", "passage", "label")]
     rows += [(f"第{number}问，怎么办", f"答{number if label else number + 1}，“请看”\n说明书", label)
              for number in range(30) for label in (1, 0)]  # fmt: skip
     write_csv(tmp_path / "x y.csv", rows)
     (tmp_path / "tools").symlink_to(ROOT / "tools")
-    options = ["--model_name_or_path", TINY, "--epochs", 1, "--mixed_precision", "no", "--output_dir", "out"]
-    refused = run_script("--train_dataset", "x y.csv", *options)
-    assert refused.returncode == 1
-    [command] = re.findall("python tools/convert_data.py .*", refused.stdout)
+    options = ["--model_name_or_path", small_model, "--epochs", 1, "--mixed_precision", "no", "--output_dir", "out"]
+    status, said = run_main("--train_dataset", "x y.csv", *options)
+    assert status == 1
+    [command] = re.findall("python tools/convert_data.py .*", said)
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     done = subprocess.run(command, shell=True, cwd=tmp_path, env={**os.environ, "PATH": path}, timeout=120, text=True,
                           capture_output=True, encoding="utf-8")  # fmt: skip
     assert done.returncode == 0, done.stderr
     [name] = re.findall("Next: python train_bert_rerank.py --train_dataset (.*)", done.stdout)
-    trained = run_script("--train_dataset", *shlex.split(name), *options)
-    assert trained.returncode == 0 and "Model saved successfully!" in trained.stdout, trained.stdout
-    assert "Label 0.00: 30 (50.00%)" in trained.stdout and (tmp_path / "out" / "final_model").is_dir()
+    status, said = run_main("--train_dataset", *shlex.split(name), *options)
+    assert status == 0 and "Model saved successfully!" in said, said
+    assert "Label 0.00: 30 (50.00%)" in said and (tmp_path / "out" / "final_model").is_dir()

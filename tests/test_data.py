@@ -202,20 +202,23 @@ def test_a_train_dataset_that_names_no_file_is_refused_as_the_mistake_it_is(path
         load(paths)
 
 
-def test_all_bad_lines_are_counted_and_the_first_ten_shown_before_anything_is_written(run_script, tmp_path):
+def test_all_bad_lines_are_counted_and_the_first_ten_shown_before_anything_is_written(
+    run_main, monkeypatch, tmp_path
+):
     kinds = [
         "not_json", "a_list", "invalid_utf_8", "query_missing", "query_blank", "content_a_number", "label_true",
         "label_missing", "label_nan", "pos_a_text", "label_too_large", "lone_surrogate",
     ]  # fmt: skip
     bad = [line(content=5) if kind == "content_a_number" else BAD_LINES[kind][0] for kind in kinds]
     (tmp_path / "bad_train.jsonl").write_bytes(b"\n".join([GOOD, *bad[:6], GOOD, *bad[6:]]))
-    run = run_script("--model_name_or_path", TINY, "--train_dataset", "bad_train.jsonl", "--output_dir", "output")
-    assert run.returncode == 1
-    assert "Traceback" not in run.stdout
-    assert run.stdout.count("Error: ") == 1
-    assert "Error: bad_train.jsonl: 12 bad lines\n" in run.stdout
-    assert re.findall(r"^  line (\d+): .", run.stdout, re.M) == ["2", "3", "4", "5", "6", "7", "9", "10", "11", "12"]
-    assert run.stdout.endswith(f"\n  … and 2 more\n{ADVICE}\n")
+    monkeypatch.chdir(tmp_path)
+    options = ["--train_dataset", "bad_train.jsonl", "--output_dir", "output"]
+    status, said = run_main("--model_name_or_path", TINY, *options)
+    assert status == 1
+    assert said.count("Error: ") == 1
+    assert "Error: bad_train.jsonl: 12 bad lines\n" in said
+    assert re.findall(r"^  line (\d+): .", said, re.M) == ["2", "3", "4", "5", "6", "7", "9", "10", "11", "12"]
+    assert said.endswith(f"\n  … and 2 more\n{ADVICE}\n")
     assert os.listdir(tmp_path) == ["bad_train.jsonl"]
 
 

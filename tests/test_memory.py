@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, rows_of
+from conftest import ROOT, TINY, command_line, rows_of, write_rows
 from safetensors.torch import load_file
 from test_training import scalars_of, update_errors, without_dropout  # noqa: F401
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -26,12 +26,19 @@ FAILURES = ["CUDA out of memory. Tried to allocate 2.00 GiB.", "MPS backend out 
             "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"]  # fmt: skip
 
 
-@pytest.fixture
-def settings(tmp_path, write_jsonl):
+pytestmark = pytest.mark.usefixtures("small_pictures")
+
+
+def settings_in(folder, model):
     """Settings of a run of two epochs with four windows each, 40 rows of 15 to 75 tokens."""
-    return {"model_name_or_path": TINY, "train_dataset": write_jsonl("rows.jsonl", rows_of(40)), "eval_dataset": None,
-            "output_dir": str(tmp_path / "out"), "max_len": 128, "epochs": 2, "lr": 1e-3, "batch_size": 2,
-            "gradient_accumulation_steps": 5, "mixed_precision": "no"}  # fmt: skip
+    return {"model_name_or_path": model, "train_dataset": write_rows(folder / "rows.jsonl", rows_of(40)),
+            "eval_dataset": None, "output_dir": str(folder / "out"), "max_len": 128, "epochs": 2, "lr": 1e-3,
+            "batch_size": 2, "gradient_accumulation_steps": 5, "mixed_precision": "no"}  # fmt: skip
+
+
+@pytest.fixture
+def settings(small_model, tmp_path):
+    return settings_in(tmp_path, small_model)
 
 
 def weights_of(settings, **changes):
@@ -60,15 +67,20 @@ def fails_above(limit, monkeypatch, message=FAILURES[0]):
 
 
 # ---- Out of memory ---------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def smaller_bound(small_model, tmp_path_factory, small_pictures):
+    """The bound and the weights of a run whose micro-batches have 128 tokens from the start."""
+    return weights_of(settings_in(tmp_path_factory.mktemp("bound"), small_model), micro_batch_tokens=128)
+
+
 @pytest.mark.parametrize("message", FAILURES)
 def test_out_of_memory_in_the_first_step_gives_the_bits_of_a_run_with_the_smaller_bound(
-    settings, monkeypatch, capsys, message
+    settings, smaller_bound, monkeypatch, capsys, message
 ):
-    expected = weights_of(settings, micro_batch_tokens=128)
     fails_above(128, monkeypatch, message)
     found = weights_of(settings, micro_batch_tokens=512)
-    assert found[0] == expected[0] == 128
-    assert_equal(found[1], expected[1])  # so no random state was lost, no row lost or seen twice
+    assert found[0] == smaller_bound[0] == 128
+    assert_equal(found[1], smaller_bound[1])  # so no random state was lost, no row lost or seen twice
     out = capsys.readouterr().out
     assert re.findall(r"Out of memory: step (\d+) was done .* at most (\d+) tokens", out) == [("1", "128")]
     assert "--micro_batch_tokens 128 does so from the start." in out
@@ -155,28 +167,37 @@ def run_two_processes(tmp_path, settings, where=None, failing=()):
     the backward that all take part in: the completed process."""
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER.format(root=str(ROOT), where=where, failing=failing), encoding="utf-8")
-    arguments = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(driver), *arguments],
+        [sys.executable, *launcher, str(driver), *command_line(settings)],
         cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("failing", [(1,), (4,), (3, 7)])
-def test_of_two_processes_both_redo_the_window_that_did_not_fit_one(settings, without_dropout, tmp_path, failing):  # noqa: F811
-    settings = {**settings, "model_name_or_path": without_dropout, "log_with": None, "micro_batch_tokens": 320}
-    done = run_two_processes(tmp_path, {**settings, "output_dir": str(tmp_path / "whole")})
+@pytest.fixture(scope="module")
+def two_that_fit(without_dropout, tmp_path_factory):  # noqa: F811
+    """(settings, output folder, output) of a run of two processes that do not run out of memory."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    settings = {**settings_in(folder, without_dropout), "log_with": None, "micro_batch_tokens": 320}
+    done = run_two_processes(folder, settings)
     assert done.returncode == 0 and "processes: 2" in done.stdout, done.stdout
-    seeds = re.findall(r"drops out with seed (\d+)", done.stdout)
+    return settings, folder / "out", done.stdout
+
+
+@pytest.mark.parametrize("failing", [(1,), pytest.param((4,), marks=pytest.mark.slow), (3, 7)])
+def test_of_two_processes_both_redo_the_window_that_did_not_fit_one(two_that_fit, tmp_path, failing):
+    settings, whole, output = two_that_fit
+    seeds = re.findall(r"drops out with seed (\d+)", output)
     assert len(set(seeds)) == len(seeds) == 2 * 4, "each process and each step drops out on its own"
-    done = run_two_processes(tmp_path, settings, "forward", failing)
+    done = run_two_processes(tmp_path, {**settings, "output_dir": str(tmp_path / "out")}, "forward", failing)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("Out of memory: step ") in (1, len(failing))
-    weights, expected = (load_file(tmp_path / name / "final_model" / "model.safetensors") for name in ("out", "whole"))
-    errors = update_errors(weights, expected, load_file(f"{without_dropout}/model.safetensors"))
+    folders = tmp_path / "out", whole
+    weights, expected = (load_file(folder / "final_model" / "model.safetensors") for folder in folders)
+    errors = update_errors(weights, expected, load_file(f"{settings['model_name_or_path']}/model.safetensors"))
     assert max(errors.values()) < 1e-3
-    bounds = [json.loads((tmp_path / name / "run.json").read_text())["micro_batch_tokens"] for name in ("out", "whole")]
+    bounds = [json.loads((folder / "run.json").read_text())["micro_batch_tokens"] for folder in folders]
     assert bounds == [320 // 2 ** len(failing), 320]
 
 
@@ -227,14 +248,16 @@ def test_gradient_checkpointing_gives_the_same_bits(settings, monkeypatch):
     assert weights[1][1] == 2 * weights[0][1], "each layer is computed once more"
 
 
-def test_frozen_word_embeddings_stay_and_cost_no_gradient_and_no_optimizer_state(settings, monkeypatch, write_jsonl):
+def test_frozen_word_embeddings_stay_and_cost_no_gradient_and_no_optimizer_state(
+    settings, small_model, monkeypatch, write_jsonl
+):
     prepared, prepare = [], train_bert_rerank.Accelerator.prepare
     monkeypatch.setattr(train_bert_rerank.Accelerator, "prepare",
                         lambda self, *each: prepared.append(each) or prepare(self, *each))  # fmt: skip
     evaluation = write_jsonl("eval.jsonl", rows_of(60, 20))
     _, weights = weights_of(settings, freeze_embeddings=True, eval_dataset=evaluation, base_interpolation=(),
                             load_best_model_at_end=False)  # fmt: skip
-    base = load_file(f"{TINY}/model.safetensors")
+    base = load_file(f"{small_model}/model.safetensors")
     same = {name for name in base if torch.equal(weights[name], base[name])}
     assert same == {name for name in base if "word_embeddings" in name}
     [(model, optimizer)] = prepared

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, rows_of
+from conftest import ROOT, TINY, command_line, rows_of
 from matplotlib.image import imread
 from safetensors.numpy import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -167,16 +167,15 @@ def test_load_best_model_at_end_false_keeps_the_last_weights_and_only_reports(da
     assert ndcg_of(tmp_path / "out" / "final_model", data) == pytest.approx(report["history"][-1]["ndcg@10"], abs=1e-6)
 
 
-def test_early_stopping_ends_the_run_after_that_many_evaluations_without_a_better_one(data, tmp_path, run_script):
-    done = run_script("--model_name_or_path", TINY, "--train_dataset", data["train"], "--eval_dataset", data["eval"],
-                      "--epochs", 9, "--early_stopping_patience", 2, "--lr", "1e-3", "--mixed_precision", "no",
-                      "--output_dir", "out", "--base_interpolation", "[]")  # fmt: skip
-    assert done.returncode == 0, done.stdout
+def test_early_stopping_ends_the_run_after_that_many_evaluations_without_a_better_one(data, tmp_path, run_main):
+    settings = settings_of(data, tmp_path / "out", epochs=9, lr=1e-3, base_interpolation=[], log_with=None)
+    status, said = run_main(*command_line({**settings, "early_stopping_patience": 2}))
+    assert status == 0, said
     report = json.loads((tmp_path / "out" / "eval_report.json").read_text(encoding="utf-8"))
     values = [point["ndcg@10"] for point in report["history"][1:]]
     assert len(values) < 9 and np.argmax(values) == len(values) - 3
-    assert f"No better evaluation since step {13 * (len(values) - 2)}: stopping early." in done.stdout
-    assert re.search(rf"Training: 100%\S*\| {13 * len(values)}/{13 * len(values)} ", done.stdout)
+    assert f"No better evaluation since step {13 * (len(values) - 2)}: stopping early." in said
+    assert re.search(rf"Training: 100%\S*\| {13 * len(values)}/{13 * len(values)} ", said)
 
 
 def test_one_row_a_query_is_compared_by_average_precision_from_end_to_end(write_jsonl, tmp_path, capsys):
@@ -226,17 +225,21 @@ def test_a_new_head_is_not_mixed_with_the_base(data, tmp_path, capsys):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_offset_of_the_logits_is_taken_out_before_the_first_step_and_stays_in_the_base(
-    data, tmp_path, run_script, processes
+    data, tmp_path, run_main, run_script, processes
 ):
     shutil.copytree(TINY, tmp_path / "offset")
     weights = load_file(tmp_path / "offset" / "model.safetensors")
     weights["classifier.out_proj.bias"] = weights["classifier.out_proj.bias"] + np.float32(8)
     save_file(weights, tmp_path / "offset" / "model.safetensors", metadata={"format": "pt"})
-    done = run_script("--model_name_or_path", "offset", "--train_dataset", data["inverted"], "--eval_dataset",
-                      data["eval"], "--epochs", 1, "--lr", "3e-4", "--mixed_precision", "no", "--output_dir", "out",
-                      processes=processes)  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    assert "The logits stand +7.7 off the labels: the head's bias is shifted by as much before training." in done.stdout
+    settings = settings_of(data, tmp_path / "out", train_dataset=data["inverted"], epochs=1)
+    settings |= {"model_name_or_path": tmp_path / "offset", "base_interpolation": []}
+    if processes == 1:
+        status, said = run_main(*command_line(settings))
+    else:
+        done = run_script(*command_line(settings), processes=processes)
+        status, said = done.returncode, done.stdout
+    assert status == 0, said
+    assert "The logits stand +7.7 off the labels: the head's bias is shifted by as much before training." in said
     log = EventAccumulator(str(tmp_path / "out" / "logs" / "train_bert_rerank"))
     log.Reload()
     assert log.Scalars("train/loss")[0].value < 1.2  # 4 without the shift
@@ -267,10 +270,10 @@ def test_a_head_without_a_bias_and_logits_that_are_not_finite_are_left_as_they_a
         """The names of what fit_bias() shifts; it needs this of a Run."""
         run = SimpleNamespace(
             accelerator=train_bert_rerank.Accelerator(cpu=True), model=model, train_data=dataset,
-            record={"micro_batch_tokens": 640}, stop=train_bert_rerank.StopRequest(), shifted_bias={},
+            record={"micro_batch_tokens": 640}, stop=train_bert_rerank.StopRequest(), unshifted_bias={},
         )  # fmt: skip
         train_bert_rerank.fit_bias(run)
-        return list(run.shifted_bias)
+        return list(run.unshifted_bias)
 
     assert shifted() == ["model.classifier.out_proj.bias"]
     model.model.classifier.out_proj.bias.data.fill_(torch.nan)
@@ -301,7 +304,7 @@ def test_under_20_queries_a_worse_model_is_kept_and_the_run_says_so_loudly(data,
     assert re.fullmatch(r"Verdict: too few queries to tell\. 15 queries \(\d+ up, \d+ down, 1 left out\)\.", verdict)
 
 
-def test_what_a_terminal_cannot_show_does_not_end_a_run(good_run, data, run_script):
+def test_what_a_terminal_cannot_show_does_not_end_a_run(data, run_script):
     done = run_script("--model_name_or_path", TINY, "--epochs", 0, "--eval_dataset", data["eval"], "--mixed_precision",
                       "no", "--output_dir", "输出", PYTHONIOENCODING="ascii")  # fmt: skip
     assert done.returncode == 0 and "ndcg@10  " in done.stdout and "'output_dir': '??'" in done.stdout
@@ -325,16 +328,23 @@ def test_an_evaluation_alone_keeps_what_stands_in_its_folder_and_its_former_repo
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_epochs_0_evaluates_alone_and_writes_only_into_its_own_folder(good_run, data, tmp_path, run_script):
+def test_epochs_0_evaluates_alone_and_writes_only_into_its_own_folder(
+    good_run, data, tmp_path, run_main, run_script, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     shutil.copytree(good_run[0], tmp_path / "out")
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     command = ["--model_name_or_path", "out/final_model", "--epochs", 0, "--eval_dataset", data["eval"], "--output_dir",
                "out", "--mixed_precision", "no", "--train_dataset", "nowhere.jsonl"]  # fmt: skip
     reports = []
     for processes in (1, 2):
-        done = run_script(*command, processes=processes)
-        assert done.returncode == 0, done.stdout
-        assert f"processes: {processes}" in done.stdout and "Verdict" not in done.stdout
+        if processes == 1:
+            status, said = run_main(*command)
+        else:
+            done = run_script(*command, processes=processes)
+            status, said = done.returncode, done.stdout
+        assert status == 0, said
+        assert f"processes: {processes}" in said and "Verdict" not in said
         reports.append(json.loads((tmp_path / "out" / "evaluation" / "eval_report.json").read_text(encoding="utf-8")))
         names = {path.name for path in (tmp_path / "out" / "evaluation").iterdir()}
         assert names == {"eval_report.json", "predictions.jsonl", "score_distribution.png"}
@@ -350,9 +360,9 @@ def test_epochs_0_without_rows_to_evaluate_is_an_error(data, tmp_path):
         train_bert_rerank.train(settings_of(data, tmp_path / "out", epochs=0, eval_dataset=None))
 
 
-def test_formats_of_a_saved_model_stay_unless_new_ones_are_given(write_jsonl, tmp_path):
+def test_formats_of_a_saved_model_stay_unless_new_ones_are_given(small_model, write_jsonl, tmp_path):
     rows = write_jsonl("rows.jsonl", rows_of(4))
-    base = {"model_name_or_path": TINY, "train_dataset": rows, "eval_dataset": None, "epochs": 1,
+    base = {"model_name_or_path": small_model, "train_dataset": rows, "eval_dataset": None, "epochs": 1,
             "mixed_precision": "no", "output_dir": str(tmp_path / "a")}  # fmt: skip
     train_bert_rerank.train({**base, "query_format": "问：{}"})
     again = {**base, "model_name_or_path": str(tmp_path / "a" / "final_model"), "output_dir": str(tmp_path / "b")}

@@ -35,8 +35,8 @@ def run_command(installed, folder, *arguments):
     )  # fmt: skip
 
 
-def test_the_command_trains_and_the_module_loads_what_it_wrote(installed, tmp_path, write_jsonl):
-    done = run_command(installed, tmp_path, "--model_name_or_path", TINY, "--train_dataset",
+def test_the_command_trains_and_the_module_loads_what_it_wrote(installed, small_model, tmp_path, write_jsonl):
+    done = run_command(installed, tmp_path, "--model_name_or_path", small_model, "--train_dataset",
                        write_jsonl("rows.jsonl", rows_of(8, 2)), "--eval_dataset", None, "--epochs", 1,
                        "--mixed_precision", "no", "--output_dir", "out")  # fmt: skip
     assert done.returncode == 0 and "Model saved successfully!" in done.stdout, done.stdout

@@ -13,9 +13,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
-from conftest import ROOT, TINY, rows_of
+from conftest import ROOT, command_line, rows_of, write_rows
 from safetensors.torch import load_file, save_file
 from test_training import scalars_of, update_errors, without_dropout  # noqa: F401
 
@@ -24,6 +25,7 @@ from train_bert_rerank import RESULTS, UserError, checkpoints_in
 
 WRITTEN = [name for name in RESULTS if name not in ("fine_tuned_model", "logs", "run.json")]  # bits that are compared
 RESUME = {"resume_from_checkpoint": "latest"}
+pytestmark = pytest.mark.usefixtures("small_pictures")
 
 
 def digests(output_dir):
@@ -35,37 +37,68 @@ def digests(output_dir):
     return found, scalars_of(output_dir)
 
 
-@pytest.fixture
-def settings(tmp_path, write_jsonl):
+@pytest.fixture(scope="module")
+def usual_settings(tmp_path_factory, small_model):
     """Settings of a run of two epochs with five steps each, evaluated and saved every second one."""
-    return {"model_name_or_path": TINY, "train_dataset": write_jsonl("train.jsonl", rows_of(40)),
-            "eval_dataset": write_jsonl("eval.jsonl", rows_of(63, 21)), "output_dir": str(tmp_path / "out"),
+    folder = tmp_path_factory.mktemp("recovery")
+    return {"model_name_or_path": small_model, "train_dataset": write_rows(folder / "train.jsonl", rows_of(40)),
+            "eval_dataset": write_rows(folder / "eval.jsonl", rows_of(42, 21)), "output_dir": str(folder / "out"),
             "max_len": 64, "epochs": 2, "lr": 1e-3, "batch_size": 2, "gradient_accumulation_steps": 4, "save_steps": 2,
-            "eval_steps": 2, "mixed_precision": "no"}  # fmt: skip
+            "eval_steps": 2, "mixed_precision": "no", "base_interpolation": (0.5,)}  # fmt: skip
+
+
+@pytest.fixture
+def settings(usual_settings, tmp_path):
+    """The usual settings, with a folder of the test's own to write to."""
+    return {**usual_settings, "output_dir": str(tmp_path / "out")}
 
 
 class Killed(BaseException):
     """What a test raises in the place of a kill."""
 
 
+def train_until(step, settings):
+    """Train, and let the process 'die' in that step, before anything of it is applied."""
+    done, log = [0], accelerate.Accelerator.log
+
+    def note_step(self, values, step=None, **options):
+        log(self, values, step=step, **options)
+        if "train/loss" in values:
+            done.append(step)
+
+    def die(*_):
+        if done[-1] + 1 == step:
+            raise Killed
+        return clip(*_)
+
+    clip = accelerate.Accelerator.clip_grad_norm_
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerate.Accelerator, "log", note_step)
+        patch.setattr(accelerate.Accelerator, "clip_grad_norm_", die)
+        with pytest.raises(Killed):
+            train_bert_rerank.train(settings)
+
+
+@pytest.fixture(scope="module")
+def whole(usual_settings, small_pictures):
+    """(output folder, what train() returned) of a run with the usual settings that nothing interrupted."""
+    folder = Path(usual_settings["output_dir"]).with_name("whole")
+    return folder, train_bert_rerank.train({**usual_settings, "output_dir": str(folder)})
+
+
+@pytest.fixture(scope="module")
+def killed_run(usual_settings, small_pictures):
+    """The output folder of a run that was killed in its sixth step, with checkpoints of steps 2 and 4."""
+    folder = Path(usual_settings["output_dir"]).with_name("killed")
+    train_until(6, {**usual_settings, "output_dir": str(folder)})
+    return folder
+
+
 @pytest.fixture
-def train_until(monkeypatch):
-    """train_until(step, settings): train, and let the process 'die' before that step."""
-
-    def train_until(step, settings):
-        original = train_bert_rerank.train_step
-
-        def dies(run, window):
-            if run.progress.step + 1 == step:
-                raise Killed
-            return original(run, window)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(train_bert_rerank, "train_step", dies)
-            with pytest.raises(Killed):
-                train_bert_rerank.train(settings)
-
-    return train_until
+def killed(killed_run, tmp_path):
+    """A copy of that folder in the place of the test's output_dir, in which `settings` go on: unfinished_run."""
+    shutil.copytree(killed_run, tmp_path / "out")
+    return tmp_path / "out" / "unfinished_run"
 
 
 def names_in(folder):
@@ -76,11 +109,10 @@ def names_in(folder):
 class Process:
     """The script in a process of its own, or in several under torchrun, and what it prints."""
 
-    def __init__(self, settings, processes=1, **environment):
+    def __init__(self, settings, processes=1, script=ROOT / "train_bert_rerank.py", **environment):
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-        arguments = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
         self.popen = subprocess.Popen(
-            [sys.executable, *launcher, str(ROOT / "train_bert_rerank.py"), *arguments], stdout=subprocess.PIPE,
+            [sys.executable, *launcher, str(script), *command_line(settings)], stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )  # fmt: skip
         self.output, self.looked_at = "", 0
@@ -113,13 +145,19 @@ def at_step(step):
     return rf"Training: [^\r]*?\| {step}/\d+ "
 
 
-@pytest.mark.parametrize("processes", [1, 2, pytest.param(3, marks=pytest.mark.soak)])
-def test_stopped_by_each_signal_and_killed_a_run_goes_on_to_the_same_bits(settings, tmp_path, processes):
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL
+
+
+@pytest.mark.parametrize("processes, numbers", [
+    (1, SIGNALS), (2, (signal.SIGTERM, signal.SIGKILL)), pytest.param(2, SIGNALS, marks=pytest.mark.slow),
+    pytest.param(3, SIGNALS, marks=pytest.mark.soak),
+], ids=["1", "2", "2 with each signal", "3"])  # fmt: skip
+def test_stopped_by_each_signal_and_killed_a_run_goes_on_to_the_same_bits(settings, tmp_path, processes, numbers):
     settings = {**settings, "epochs": 4, "save_steps": 3, "gradient_accumulation_steps": 6 // processes}
     status, whole = Process({**settings, "output_dir": tmp_path / "whole"}, processes).end()
     assert status == 0, whole
     assert whole.count(f"processes: {processes}") == 1
-    for step, number in ((3, signal.SIGTERM), (6, signal.SIGINT), (9, signal.SIGUSR1), (13, signal.SIGKILL)):
+    for step, number in zip((3, 6, 9, 13), numbers, strict=False):
         run = Process({**settings, **RESUME}, processes).wait_for(at_step(step))
         if number in (signal.SIGKILL, signal.SIGUSR1):  # those a launcher does not pass on
             for worker in run.workers():
@@ -144,11 +182,27 @@ def test_stopped_by_each_signal_and_killed_a_run_goes_on_to_the_same_bits(settin
     assert names_in(tmp_path / "out") == names_in(tmp_path / "whole")
 
 
-def test_a_second_signal_ends_the_run_at_once_and_writes_no_checkpoint(settings, tmp_path, write_jsonl):
-    rows = [{**row, "query": f"{index}"} for index, row in enumerate(100 * rows_of(40))]  # one window
-    settings = {**settings, "train_dataset": write_jsonl("many.jsonl", rows), "gradient_accumulation_steps": 2000,
-                "epochs": 9, "eval_dataset": None, "save_steps": 1}  # fmt: skip
-    run = Process(settings).wait_for(at_step(1)).send(signal.SIGTERM)
+LONG_STEP = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train_bert_rerank
+calls, clip = [], train_bert_rerank.Accelerator.clip_grad_norm_
+def clip_late(*arguments):
+    calls.append(1)
+    if len(calls) == 2:
+        print("a step of a minute", flush=True)
+        time.sleep(60)
+    return clip(*arguments)
+train_bert_rerank.Accelerator.clip_grad_norm_ = clip_late
+train_bert_rerank.main()
+"""
+
+
+def test_a_second_signal_ends_the_run_at_once_and_writes_no_checkpoint(settings, tmp_path):
+    """While the second step, which lasts a minute, is done."""
+    (tmp_path / "long_step.py").write_text(LONG_STEP, encoding="utf-8")
+    settings = {**settings, "eval_dataset": None, "save_steps": 1}
+    run = Process(settings, script=tmp_path / "long_step.py").wait_for("a step of a minute").send(signal.SIGTERM)
     time.sleep(5.2)  # what comes sooner may be the same signal, by way of a launcher
     status, output = run.send(signal.SIGTERM).end()
     assert status == -signal.SIGTERM and "Stopped by" not in output, output
@@ -156,13 +210,14 @@ def test_a_second_signal_ends_the_run_at_once_and_writes_no_checkpoint(settings,
 
 
 def test_a_signal_cuts_an_evaluation_short_and_the_next_run_does_it_again(settings, tmp_path, write_jsonl):
-    settings = {**settings, "eval_steps": 5, "eval_dataset": write_jsonl("eval.jsonl", rows_of(1500, 500))}
-    assert Process({**settings, "output_dir": tmp_path / "whole"}).end()[0] == 0
+    settings = {**settings, "eval_steps": 5, "eval_dataset": write_jsonl("eval.jsonl", rows_of(900, 300)),
+                "base_interpolation": []}  # fmt: skip
+    train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "whole")})
     run = Process(settings).wait_for(at_step(4)).wait_for(r"Scoring: +[1-9]\d?%").send(signal.SIGTERM)
     status, output = run.end()
     assert status == 143 and "Stopped by SIGTERM after step 5 of 10" in output and "Step 5, epoch" not in output, output
     assert names_in(tmp_path / "out" / "unfinished_run")[:2] == ["checkpoint-00000004", "checkpoint-00000005"]
-    assert Process({**settings, **RESUME}).end()[0] == 0
+    train_bert_rerank.train({**settings, **RESUME})
     ours, theirs = (json.loads((tmp_path / name / "eval_report.json").read_text()) for name in ("out", "whole"))
     assert ours == theirs and [point["step"] for point in ours["history"]] == [0, 5, 10]
 
@@ -176,6 +231,7 @@ def test_outside_of_training_a_signal_ends_the_run_at_once(settings, tmp_path):
 def test_handlers_of_the_caller_are_back_after_a_run_and_another_thread_may_train(settings):
     import threading
 
+    settings = {**settings, "epochs": 1, "eval_dataset": None}
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         mine = signal.getsignal(signal.SIGTERM)
@@ -192,10 +248,13 @@ def test_handlers_of_the_caller_are_back_after_a_run_and_another_thread_may_trai
 
 # ---- Cut off at every point ------------------------------------------------------------------------------------------
 CRASHING = """
-import json, os, shutil, sys
+import gc, json, os, shutil, sys
 sys.path.insert(0, {root!r})
 import train_bert_rerank
 settings, folder = json.loads(sys.argv[1]), sys.argv[2]
+train_bert_rerank.BertRerankerModel.from_pretrained(settings["model_name_or_path"])  # which imports more
+import matplotlib.backends.backend_agg, matplotlib.figure
+gc.freeze()  # the children need not look at what was imported
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "open")  # events of sys.audit that change a disk
 changes = []
 
@@ -232,10 +291,9 @@ def test_cut_off_before_any_change_of_the_disk_the_next_run_ends_with_the_same_b
     settings, tmp_path, write_jsonl, chosen
 ):
     """It replaces an earlier run's results, of another seed and with one more, so that their moving is cut off too."""
-    rows = (ROOT / "default_eval_data.jsonl").read_text(encoding="utf-8").splitlines()[: 21 * 8]
-    settings = {**settings, "train_dataset": str(ROOT / "default_train_data.jsonl"), "save_steps": 1, "eval_steps": 1,
-                "eval_dataset": write_jsonl("eval.jsonl", map(json.loads, rows)), "gradient_accumulation_steps": 33,
-                "epochs": 1, "save_total_limit": 1, "base_interpolation": [], "log_with": None, "lr": 1e-4}  # fmt: skip
+    settings = {**settings, "train_dataset": write_jsonl("train.jsonl", rows_of(24)), "save_steps": 1, "eval_steps": 1,
+                "eval_dataset": write_jsonl("eval.jsonl", rows_of(10, 5)), "epochs": 1, "save_total_limit": 1,
+                "base_interpolation": [], "log_with": None}  # fmt: skip
     train_bert_rerank.train({**settings, "seed": 1, "output_dir": str(tmp_path / "earlier")})
     (tmp_path / "earlier" / "fine_tuned_model").mkdir()
     (tmp_path / "crashing.py").write_text(CRASHING.format(root=str(ROOT)), encoding="utf-8")
@@ -262,6 +320,7 @@ def test_cut_off_before_any_change_of_the_disk_the_next_run_ends_with_the_same_b
             assert found.exists() and (found.name == "run.json" or found.read_bytes() == content), (point, found)
 
 
+@pytest.mark.slow  # killed at moments that are chosen, not drawn: the test above; and by signals, the first
 def test_killed_five_times_at_random_a_run_ends_with_the_same_bits():
     command = [sys.executable, ROOT / "benchmarks" / "soak_kill.py", "--kills", "5"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -270,13 +329,15 @@ def test_killed_five_times_at_random_a_run_ends_with_the_same_bits():
 
 
 # ---- What a checkpoint is --------------------------------------------------------------------------------------------
-def test_by_default_each_epoch_ends_with_a_checkpoint_and_the_newest_two_are_kept(settings, train_until, tmp_path):
+def test_by_default_each_epoch_ends_with_a_checkpoint_and_the_newest_two_are_kept(settings, tmp_path):
     folder = tmp_path / "out" / "unfinished_run"
-    train_until(16, {**settings, "epochs": 5, "save_steps": None})
+    settings = {**settings, "epochs": 4, "eval_dataset": None}
+    train_until(16, {**settings, "save_steps": None})
     assert [path.name for path in checkpoints_in(folder)] == ["checkpoint-00000010", "checkpoint-00000015"]
-    train_until(16, {**settings, "epochs": 5, "save_steps": 4, "save_total_limit": 1, "overwrite_output_dir": True})
+    settings = {**settings, "save_steps": 4, "save_total_limit": 1}
+    train_until(16, {**settings, "overwrite_output_dir": True})
     assert [path.name for path in checkpoints_in(folder)] == ["checkpoint-00000012"]
-    train_bert_rerank.train({**settings, "epochs": 5, "save_steps": 4, "save_total_limit": 1, **RESUME})
+    train_bert_rerank.train({**settings, **RESUME})
     assert not folder.exists() and (tmp_path / "out" / "final_model").exists()
 
 
@@ -304,76 +365,68 @@ def test_best_weights_stand_once_beside_the_checkpoints_and_those_in_use_are_nev
     assert len(seen) == 16 and run["report"]["history"][-1]["step"] == 16
 
 
-def test_a_checkpoint_holds_no_code_and_one_that_does_is_refused_unread(settings, train_until, tmp_path):
-    train_until(4, settings)
-    state = tmp_path / "out" / "unfinished_run" / "checkpoint-00000002" / "state.pt"
-    assert torch.load(state, weights_only=True)["progress"]["step"] == 2
+def test_a_checkpoint_holds_no_code_and_one_that_does_is_refused_unread(settings, killed, tmp_path):
+    state = killed / "checkpoint-00000004" / "state.pt"
+    assert torch.load(state, weights_only=True)["progress"]["step"] == 4
 
     class Harmful:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "harm"),)
 
-    torch.save({"step": 2, "harm": Harmful()}, state)
-    with pytest.raises(UserError, match="checkpoint-00000002 and the best weights beside it cannot be read"):
+    torch.save({"step": 4, "harm": Harmful()}, state)
+    with pytest.raises(UserError, match="checkpoint-00000004 and the best weights beside it cannot be read"):
         train_bert_rerank.train({**settings, **RESUME})
     assert not (tmp_path / "harm").exists()
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"rubbish" * 99])
-def test_a_spoilt_checkpoint_is_an_error_and_the_older_one_goes_on(settings, train_until, tmp_path, spoil):
-    train_until(6, settings)
-    older, newer = checkpoints_in(tmp_path / "out" / "unfinished_run")
+def test_a_spoilt_checkpoint_is_an_error_and_the_older_one_goes_on(settings, killed, whole, tmp_path, spoil):
+    older, newer = checkpoints_in(killed)
     (newer / "state.pt").write_bytes(spoil((newer / "state.pt").read_bytes()))
     with pytest.raises(UserError, match="checkpoint-00000004 and the best weights beside it cannot be read"):
         train_bert_rerank.train({**settings, **RESUME})
     run = train_bert_rerank.train({**settings, "resume_from_checkpoint": str(older)})
     assert run["resumed_from"] == str(older)
-    train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "whole")})
-    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    assert digests(tmp_path / "out") == digests(whole[0])
 
 
-def test_a_half_written_checkpoint_is_never_taken_for_one_and_goes(settings, train_until, tmp_path):
-    train_until(4, settings)
-    folder = tmp_path / "out" / "unfinished_run"
-    half = folder / "checkpoint-00000003" / "state.machine.7"
+def test_a_half_written_checkpoint_is_never_taken_for_one_and_goes(settings, killed):
+    before = names_in(killed)
+    half = killed / "checkpoint-00000005" / "state.machine.7"
     half.parent.mkdir()
     half.write_bytes(b"half")
-    (folder / "best_weights-00000003.machine.7").write_bytes(b"half")
-    train_until(4, {**settings, **RESUME})
-    assert names_in(folder) == ["checkpoint-00000002", "logs"]
+    (killed / "best_weights-00000005.machine.7").write_bytes(b"half")
+    train_until(6, {**settings, **RESUME})
+    assert names_in(killed) == before
 
 
-def test_going_on_from_an_older_checkpoint_leaves_no_newer_one_that_latest_would_take(settings, train_until, tmp_path):
-    folder = tmp_path / "out" / "unfinished_run"
-    train_until(6, settings)
-    older, newer = checkpoints_in(folder)
+def test_going_on_from_an_older_checkpoint_leaves_no_newer_one_that_latest_would_take(
+    settings, killed, whole, tmp_path
+):
+    older, newer = checkpoints_in(killed)
     (newer / "state.pt").write_bytes(b"spoilt")
-    (folder / "best_weights-00000005.pt").write_bytes(b"of a run that was cut off before its checkpoint")
+    (killed / "best_weights-00000005.pt").write_bytes(b"of a run that was cut off before its checkpoint")
     train_until(7, {**settings, "resume_from_checkpoint": str(older), "save_total_limit": 1})  # killed once more
-    assert [path.name for path in checkpoints_in(folder)] == ["checkpoint-00000006"]
+    assert [path.name for path in checkpoints_in(killed)] == ["checkpoint-00000006"]
     train_bert_rerank.train({**settings, **RESUME})
-    train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "whole")})
-    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    assert digests(tmp_path / "out") == digests(whole[0])
 
 
-def test_copies_that_a_user_made_are_neither_taken_for_checkpoints_nor_removed(settings, train_until, tmp_path):
-    folder = tmp_path / "out" / "unfinished_run"
-    train_until(6, settings)
-    [older, newer] = checkpoints_in(folder)
-    older.rename(folder / "keep")
-    shutil.copytree(newer, folder / "checkpoint-backup")
-    train_until(8, {**settings, "resume_from_checkpoint": str(folder / "keep")})
-    assert {"keep", "checkpoint-backup"} <= set(names_in(folder))
-    assert [path.name for path in checkpoints_in(folder)] == ["checkpoint-00000004", "checkpoint-00000006"]
+def test_copies_that_a_user_made_are_neither_taken_for_checkpoints_nor_removed(settings, killed):
+    [older, newer] = checkpoints_in(killed)
+    older.rename(killed / "keep")
+    shutil.copytree(newer, killed / "checkpoint-backup")
+    train_until(8, {**settings, "resume_from_checkpoint": str(killed / "keep")})
+    assert {"keep", "checkpoint-backup"} <= set(names_in(killed))
+    assert [path.name for path in checkpoints_in(killed)] == ["checkpoint-00000004", "checkpoint-00000006"]
     train_bert_rerank.train({**settings, **RESUME})
-    assert names_in(folder) == ["checkpoint-backup", "keep"]
+    assert names_in(killed) == ["checkpoint-backup", "keep"]
 
 
 def test_a_checkpoint_that_another_run_has_written_meanwhile_is_not_thrown_away(
-    settings, train_until, tmp_path, monkeypatch
+    settings, killed, tmp_path, monkeypatch
 ):
-    train_until(6, settings)
-    (tmp_path / "out" / "unfinished_run").rename(tmp_path / "other")
+    killed.rename(tmp_path / "other")
     load = train_bert_rerank.load_base
     monkeypatch.setattr(train_bert_rerank, "load_base",
                         lambda args: ((tmp_path / "other").rename(tmp_path / "out" / "unfinished_run"), load(args))[1])
@@ -382,8 +435,7 @@ def test_a_checkpoint_that_another_run_has_written_meanwhile_is_not_thrown_away(
     assert len(checkpoints_in(tmp_path / "out" / "unfinished_run")) == 2
 
 
-def test_a_resumed_run_keeps_no_checkpoint_open(settings, train_until, tmp_path, monkeypatch):
-    train_until(6, settings)
+def test_a_resumed_run_keeps_no_checkpoint_open(settings, killed, monkeypatch):
     maps, save = [], train_bert_rerank.save_checkpoint
     monkeypatch.setattr(train_bert_rerank, "save_checkpoint",
                         lambda *each: (save(*each), maps.append(Path("/proc/self/maps").read_text())))
@@ -393,37 +445,34 @@ def test_a_resumed_run_keeps_no_checkpoint_open(settings, train_until, tmp_path,
 
 # ---- Which run goes on -----------------------------------------------------------------------------------------------
 def test_latest_starts_afresh_where_there_is_no_checkpoint_and_says_so(settings, tmp_path, capsys):
-    train_bert_rerank.train({**settings, **RESUME})
+    train_bert_rerank.train({**settings, **RESUME, "epochs": 1, "eval_dataset": None})
     assert f"No checkpoint in {tmp_path}/out/unfinished_run: starting afresh." in capsys.readouterr().out
 
 
-def test_latest_on_a_finished_run_says_so_and_changes_nothing(settings, tmp_path, run_script, capsys):
-    first = train_bert_rerank.train(settings)
+def test_latest_on_a_finished_run_says_so_and_changes_nothing(settings, whole, tmp_path, run_main, capsys):
+    shutil.copytree(whole[0], tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    arguments = [text for key, value in {**settings, **RESUME}.items() for text in (f"--{key}", value)]
-    done = run_script(*arguments)
-    assert done.returncode == 0 and "Loading" not in done.stdout
-    assert "A run with these settings has ended (data are not compared)" in done.stdout
+    status, output = run_main(*command_line({**settings, **RESUME}))
+    assert status == 0 and "Loading" not in output
+    assert "A run with these settings has ended (data are not compared)" in output
     again = train_bert_rerank.train({**settings, **RESUME, "save_steps": 1, "log_with": None})
-    assert again == json.loads(json.dumps(first))
+    assert again == json.loads(json.dumps(whole[1]))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
-    train_until = train_bert_rerank.train({**settings, **RESUME, "lr": 1e-4})  # another run, as without "latest"
-    assert train_until["args"]["lr"] == 1e-4 and "starting afresh" in capsys.readouterr().out
+    other = train_bert_rerank.train({**settings, **RESUME, "lr": 1e-4})  # another run, as without "latest"
+    assert other["args"]["lr"] == 1e-4 and "starting afresh" in capsys.readouterr().out
 
 
-def test_an_unfinished_run_is_not_thrown_away_unasked(settings, train_until, tmp_path, run_script):
-    train_until(6, settings)
-    before = names_in(tmp_path / "out" / "unfinished_run")
-    arguments = [text for key, value in settings.items() for text in (f"--{key}", value)]
-    done = run_script(*arguments)
-    assert done.returncode == 2 and "Loading" not in done.stdout
+def test_an_unfinished_run_is_not_thrown_away_unasked(settings, killed, run_main):
+    before = names_in(killed)
+    status, output = run_main(*command_line(settings))
+    assert status == 2 and "Loading" not in output
     assert re.search(r"Error: \S+/unfinished_run holds checkpoint-00000004 of a run that has not ended.\n"
                      r"  to go on: .* --resume_from_checkpoint latest\n"
                      r"  to start over: .* --overwrite_output_dir true .*\n  to keep it: +another --output_dir\n$",
-                     done.stdout), done.stdout  # fmt: skip
-    assert names_in(tmp_path / "out" / "unfinished_run") == before
+                     output), output  # fmt: skip
+    assert names_in(killed) == before
     train_until(3, {**settings, "overwrite_output_dir": True})
-    assert names_in(tmp_path / "out" / "unfinished_run") == ["checkpoint-00000002", "logs"]
+    assert names_in(killed) == ["checkpoint-00000002", "logs"]
 
 
 def test_both_going_on_and_starting_over_is_an_error(settings):
@@ -431,44 +480,39 @@ def test_both_going_on_and_starting_over_is_an_error(settings):
         train_bert_rerank.train({**settings, **RESUME, "overwrite_output_dir": True})
 
 
-def test_a_folder_that_is_no_checkpoint_is_an_error_that_names_those_there_are(settings, train_until, tmp_path):
-    train_until(6, settings)
+def test_a_folder_that_is_no_checkpoint_is_an_error_that_names_those_there_are(settings, killed):
     with pytest.raises(UserError, match="nowhere is no checkpoint; there are: .*0002, .*checkpoint-00000004$"):
         train_bert_rerank.train({**settings, "resume_from_checkpoint": "nowhere"})
 
 
-def test_a_checkpoint_that_was_copied_elsewhere_goes_on_in_another_output_dir(settings, train_until, tmp_path):
-    train_until(8, settings)
-    source = tmp_path / "out" / "unfinished_run"
-    saved = torch.load(source / "checkpoint-00000006" / "state.pt", weights_only=True)
-    shutil.copytree(source / "checkpoint-00000006", tmp_path / "copy" / "checkpoint-00000006")
+def test_a_checkpoint_that_was_copied_elsewhere_goes_on_in_another_output_dir(settings, killed, whole, tmp_path):
+    saved = torch.load(killed / "checkpoint-00000004" / "state.pt", weights_only=True)
+    shutil.copytree(killed / "checkpoint-00000004", tmp_path / "copy" / "checkpoint-00000004")
     other = {**settings, "output_dir": str(tmp_path / "other"),
-             "resume_from_checkpoint": str(tmp_path / "copy" / "checkpoint-00000006")}  # fmt: skip
+             "resume_from_checkpoint": str(tmp_path / "copy" / "checkpoint-00000004")}  # fmt: skip
     with pytest.raises(UserError, match="best weights beside it cannot be read: .*best_weights-0000000"):
         train_bert_rerank.train(other)
-    shutil.copy(source / f"best_weights-{saved['best_step']:08}.pt", tmp_path / "copy")
+    best_weights = f"best_weights-{saved['progress']['best_step']:08}.pt"
+    shutil.copy(killed / best_weights, tmp_path / "copy")
     train_bert_rerank.train(other)
-    train_bert_rerank.train({**settings, **RESUME})
-    assert digests(tmp_path / "other") == digests(tmp_path / "out")
-    assert names_in(tmp_path / "copy") == [f"best_weights-{saved['best_step']:08}.pt", "checkpoint-00000006"]
+    assert digests(tmp_path / "other") == digests(whole[0])
+    assert names_in(tmp_path / "copy") == [best_weights, "checkpoint-00000004"]
 
 
 # ---- What may change, and what is refused ----------------------------------------------------------------------------
-def changed_rows(settings, **changes):
+def changed_rows(path):
     rows = [{**rows_of(40)[0], "content": "Anders."}, *rows_of(40)[1:]]
-    Path(settings["train_dataset"]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return {}
+    return {"train_dataset": write_rows(path / "train.jsonl", rows)}
 
 
-def changed_eval_rows(settings):
-    path = Path(settings["eval_dataset"])
-    path.write_text(path.read_text(encoding="utf-8").replace('"label": 1', '"label": 0', 1), encoding="utf-8")
-    return {}
+def changed_eval_rows(path):
+    rows = rows_of(42, 21)
+    return {"eval_dataset": write_rows(path / "eval.jsonl", [{**rows[0], "label": 1 - rows[0]["label"]}, *rows[1:]])}
 
 
-def changed_model(settings, tmp_path, part):
-    folder = tmp_path / "changed"
-    shutil.copytree(TINY, folder)
+def changed_model(small_model, path, part):
+    folder = path / "changed"
+    shutil.copytree(small_model, folder)
     if part == "weights":
         weights = load_file(folder / "model.safetensors")
         weights["classifier.out_proj.bias"] += 0.1
@@ -490,37 +534,34 @@ REFUSED = {
     "two": (lambda *_: {"seed": 7, "max_len": 48}, r"max_len: 64 → 48\n  seed: 42 → 7"),
     "freeze": (lambda *_: {"freeze_embeddings": True}, r"freeze_embeddings: False → True"),
     "eval_steps": (lambda *_: {"eval_steps": 5}, r"eval_steps: 2 → 5"),
-    "rows": (lambda settings, _: changed_rows(settings), r"train rows: \w{64} → \w{64}"),
-    "eval rows": (lambda settings, _: changed_eval_rows(settings), r"eval rows: \w{64} → \w{64}"),
+    "rows": (lambda _, path: changed_rows(path), r"train rows: \w{64} → \w{64}"),
+    "eval rows": (lambda _, path: changed_eval_rows(path), r"eval rows: \w{64} → \w{64}"),
     "no evaluation": (lambda *_: {"eval_dataset": None}, r"eval rows: \w{64} → \w{64}"),
     "samples": (lambda *_: {"batch_size": 4}, r"samples of a step: 8 → 16"),
-    "weights": (lambda settings, path: changed_model(settings, path, "weights"), r"base weights: \w{64} → \w{64}"),
-    "config": (lambda settings, path: changed_model(settings, path, "config"), r"config: \w{64} → \w{64}"),
-    "tokenizer": (lambda settings, path: changed_model(settings, path, "tokenizer"), r"tokenizer: \w{64} → \w{64}"),
+    "weights": (lambda model, path: changed_model(model, path, "weights"), r"base weights: \w{64} → \w{64}"),
+    "config": (lambda model, path: changed_model(model, path, "config"), r"config: \w{64} → \w{64}"),
+    "tokenizer": (lambda model, path: changed_model(model, path, "tokenizer"), r"tokenizer: \w{64} → \w{64}"),
 }
 
 
 @pytest.mark.parametrize("change, named", REFUSED.values(), ids=REFUSED)
-def test_a_checkpoint_of_another_run_is_refused_with_what_differs(settings, train_until, tmp_path, change, named):
-    train_until(4, settings)
-    folder = tmp_path / "out" / "unfinished_run"
-    before = {path: path.read_bytes() for path in folder.rglob("*.pt")}
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(
+    settings, killed, small_model, tmp_path, change, named
+):
+    before = {path: path.read_bytes() for path in killed.rglob("*.pt")}
     with pytest.raises(UserError) as caught:
-        train_bert_rerank.train({**settings, **change(settings, tmp_path), **RESUME})
-    said = (rf"\S*checkpoint-00000002 is of another run; from it to this one:\n  {named}\n"
+        train_bert_rerank.train({**settings, **change(small_model, tmp_path), **RESUME})
+    said = (rf"\S*checkpoint-00000004 is of another run; from it to this one:\n  {named}\n"
             r"Set that back, or take another output_dir.\n  to start over: .*")  # fmt: skip
     assert re.fullmatch(said, str(caught.value)), caught.value
     assert caught.value.exit_status == 2
-    assert {path: path.read_bytes() for path in folder.rglob("*.pt")} == before
+    assert {path: path.read_bytes() for path in killed.rglob("*.pt")} == before
 
 
-def test_names_logging_and_memory_options_may_change_and_are_said(settings, train_until, tmp_path, capsys):
-    train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "whole")})
-    train_until(6, settings)
-    shutil.copytree(TINY, tmp_path / "copy")
-    shutil.move(settings["train_dataset"], tmp_path / "moved.jsonl")
+def test_names_logging_and_memory_options_may_change_and_are_said(settings, killed, whole, tmp_path, capsys):
+    shutil.copytree(settings["model_name_or_path"], tmp_path / "copy")
+    shutil.copy(settings["train_dataset"], tmp_path / "moved.jsonl")
     (tmp_path / "out").rename(tmp_path / "out2")
-    capsys.readouterr()
     changes = {"model_name_or_path": str(tmp_path / "copy"), "train_dataset": str(tmp_path / "moved.jsonl"),
                "output_dir": str(tmp_path / "out2"), "gradient_checkpointing": True, "save_total_limit": 1,
                "save_steps": 3}  # fmt: skip
@@ -528,50 +569,55 @@ def test_names_logging_and_memory_options_may_change_and_are_said(settings, trai
     out = capsys.readouterr().out
     said = out[out.index("Going on after step 4, from ") :]
     assert said.splitlines()[0].endswith("checkpoint-00000004, with other")
-    assert all(f"  {key}: {settings.get(key, '')}" in said for key in changes)
-    [rows, others] = [(tmp_path / name / "rows_to_check.jsonl").read_text("utf-8") for name in ("out2", "whole")]
-    assert rows.replace("moved.jsonl", "train.jsonl") == others
-    weights = [load_file(tmp_path / name / "final_model" / "model.safetensors") for name in ("out2", "whole")]
+    former = {**settings, "output_dir": str(whole[0].with_name("killed"))}
+    assert all(f"  {key}: {former.get(key, '')}" in said for key in changes)
+    [rows, others] = [(folder / "rows_to_check.jsonl").read_text("utf-8") for folder in (tmp_path / "out2", whole[0])]
+    assert rows.replace(changes["train_dataset"], settings["train_dataset"]) == others
+    weights = [load_file(folder / "final_model" / "model.safetensors") for folder in (tmp_path / "out2", whole[0])]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
-    assert scalars_of(tmp_path / "out2") == scalars_of(tmp_path / "whole")
+    assert scalars_of(tmp_path / "out2") == scalars_of(whole[0])
+
+
+@pytest.fixture(scope="module")
+def runs_without_dropout(usual_settings, without_dropout, small_pictures):  # noqa: F811
+    """(settings of a run without dropout, folder of one that nothing interrupted, folder of one killed in step 6)"""
+    settings = {**usual_settings, "model_name_or_path": without_dropout, "load_best_model_at_end": False}
+    folders = [Path(usual_settings["output_dir"]).with_name(f"{name}_without_dropout") for name in ("whole", "killed")]
+    train_bert_rerank.train({**settings, "output_dir": str(folders[0])})
+    train_until(6, {**settings, "output_dir": str(folders[1])})
+    return settings, *folders
 
 
 @pytest.mark.parametrize("changes", [{"micro_batch_tokens": 100}, {"batch_size": 1, "gradient_accumulation_steps": 8}])
-def test_with_another_bound_the_same_samples_make_the_same_steps(
-    settings, train_until, tmp_path, changes, without_dropout  # noqa: F811
-):
-    settings = {**settings, "model_name_or_path": without_dropout, "load_best_model_at_end": False}
-    train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "whole")})
-    train_until(6, settings)
-    run = train_bert_rerank.train({**settings, **changes, **RESUME})
+def test_with_another_bound_the_same_samples_make_the_same_steps(runs_without_dropout, tmp_path, changes):
+    settings, whole, killed = runs_without_dropout
+    shutil.copytree(killed, tmp_path / "out")
+    run = train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "out"), **changes, **RESUME})
     assert run["micro_batch_tokens"] == changes.get("micro_batch_tokens", 64)
-    check_agreement(tmp_path, without_dropout)
+    check_agreement(tmp_path / "out", whole, settings["model_name_or_path"])
 
 
-def check_agreement(tmp_path, model):
-    """That the run in out agrees with that in whole but for rounding."""
-    ours, theirs = scalars_of(tmp_path / "out"), scalars_of(tmp_path / "whole")
+def check_agreement(folder, other, model):
+    """That the runs in two folders agree but for rounding."""
+    ours, theirs = scalars_of(folder), scalars_of(other)
     assert ours["train/lr"] == theirs["train/lr"] and len(ours["train/lr"]) == 10
     for tag in ("train/loss", "train/grad_norm"):
         assert [value for _, value in ours[tag]] == pytest.approx([value for _, value in theirs[tag]], rel=1e-3)
-    weights = [load_file(tmp_path / name / "final_model" / "model.safetensors") for name in ("out", "whole")]
+    weights = [load_file(each / "final_model" / "model.safetensors") for each in (folder, other)]
     assert max(update_errors(*weights, load_file(f"{model}/model.safetensors")).values()) < 1e-2
 
 
-def test_two_processes_go_on_where_one_stopped(settings, train_until, tmp_path, without_dropout):  # noqa: F811
-    settings = {**settings, "model_name_or_path": without_dropout, "load_best_model_at_end": False}
-    train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "whole")})
-    train_until(6, settings)
+def test_two_processes_go_on_where_one_stopped(runs_without_dropout, tmp_path):
+    settings, whole, killed = runs_without_dropout
+    shutil.copytree(killed, tmp_path / "out")
+    settings = {**settings, "output_dir": str(tmp_path / "out"), "gradient_accumulation_steps": 2}
     status, output = Process({**settings, **RESUME}, processes=2).end()
-    assert status == 1 and "samples of a step: 8 → 16" in output, output
-    assert "train_bert_rerank.py\", line" not in output, "a traceback"
-    status, output = Process({**settings, **RESUME, "gradient_accumulation_steps": 2}, processes=2).end()
     assert status == 0, output
     assert "  processes: 1 → 2\n" in output and "  gradient_accumulation_steps: 4 → 2\n" in output
-    check_agreement(tmp_path, without_dropout)
+    check_agreement(tmp_path / "out", whole, settings["model_name_or_path"])
 
 
-def test_the_bound_that_out_of_memory_left_is_in_force_again(settings, train_until, tmp_path, monkeypatch, capsys):
+def test_the_bound_that_out_of_memory_left_is_in_force_again(settings, tmp_path, monkeypatch, capsys):
     from test_memory import fails_above
 
     settings = {**settings, "micro_batch_tokens": 512}
@@ -584,8 +630,8 @@ def test_the_bound_that_out_of_memory_left_is_in_force_again(settings, train_unt
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-def test_early_stopping_and_a_new_head_are_remembered(settings, train_until, tmp_path):
-    shutil.copytree(TINY, tmp_path / "plain")
+def test_early_stopping_and_a_new_head_are_remembered(settings, small_model, tmp_path):
+    shutil.copytree(small_model, tmp_path / "plain")
     weights = load_file(tmp_path / "plain" / "model.safetensors")
     save_file({name: weight for name, weight in weights.items() if "classifier" not in name},
               tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
@@ -603,9 +649,9 @@ def test_early_stopping_and_a_new_head_are_remembered(settings, train_until, tmp
 
 # ---- Steps that go wrong ---------------------------------------------------------------------------------------------
 @pytest.fixture
-def poisoned(tmp_path):
+def poisoned(small_model, tmp_path):
     """A model that a row with 毳 overflows, and no other: its weights are finite, its output is NaN."""
-    shutil.copytree(TINY, tmp_path / "poisoned")
+    shutil.copytree(small_model, tmp_path / "poisoned")
     tokenizer = json.loads((tmp_path / "poisoned" / "tokenizer.json").read_text(encoding="utf-8"))
     weights = load_file(tmp_path / "poisoned" / "model.safetensors")
     [name] = [name for name in weights if "word_embeddings" in name]
@@ -616,20 +662,24 @@ def poisoned(tmp_path):
 
 @pytest.mark.parametrize("processes, precision", [(1, "no"), (1, "bf16"), (2, "no")])
 def test_a_step_that_is_not_finite_is_not_applied_and_its_rows_are_named(
-    settings, poisoned, tmp_path, write_jsonl, run_script, processes, precision
+    settings, poisoned, tmp_path, write_jsonl, run_main, run_script, processes, precision
 ):
     rows = rows_of(40)
     for index in (3, 17):
         rows[index]["content"] = "毳毛"
     settings = {**settings, "model_name_or_path": poisoned, "train_dataset": write_jsonl("train.jsonl", rows),
                 "gradient_accumulation_steps": 4 // processes, "mixed_precision": precision, "seed": 1}  # fmt: skip
-    done = run_script(*[text for key, value in settings.items() for text in (f"--{key}", value)], processes=processes)
-    assert done.returncode == 0, done.stdout
-    used = "bf16" if "precision bf16" in done.stdout else "fp32"  # without bf16 in the processor
+    if processes == 1:
+        status, output = run_main(*command_line(settings))
+    else:
+        done = run_script(*command_line(settings), processes=processes)
+        status, output = done.returncode, done.stdout
+    assert status == 0, output
+    used = "bf16" if "precision bf16" in output else "fp32"  # without bf16 in the processor
     said = rf"step (\d+) is not applied: loss nan, gradient norm \S+, in precision {used} at lr \S+\. Its rows: (.*)"
-    found = re.findall(said, done.stdout)
+    found = re.findall(said, output)
     named = [place for _, places in found for place in places.split(", ")]
-    assert sorted(named) == sorted(2 * [f"{settings['train_dataset']} line {line}" for line in (4, 18)]), done.stdout
+    assert sorted(named) == sorted(2 * [f"{settings['train_dataset']} line {line}" for line in (4, 18)]), output
     scalars = scalars_of(tmp_path / "out")
     bad = [step for step, loss in scalars["train/loss"] if math.isnan(loss)]
     assert [int(step) for step, _ in found] == bad and len(scalars["train/loss"]) == 10
@@ -716,27 +766,26 @@ def small_disk(tmp_path):
 
 
 def test_too_small_a_disk_is_found_out_before_training(settings, small_disk):
-    disk = small_disk(40)
+    disk = small_disk(4)
     with pytest.raises(UserError) as caught:
         train_bert_rerank.train({**settings, "output_dir": str(disk / "out")})
-    said = r"^What a run keeps \(3 checkpoints, weights\) needs 7\d\.\d MB, and \S+ has 4\d\.\d MB left: make room, or "
+    said = r"^What a run keeps \(3 checkpoints, weights\) needs 7\.\d MB, and \S+ has 4\.\d MB left: make room, or "
     assert re.search(said, str(caught.value)), caught.value
 
 
 @pytest.mark.parametrize("is_seen_before", [True, False])
 def test_a_disk_that_fills_up_costs_one_checkpoint_and_the_run_goes_on_when_there_is_room(
-    settings, small_disk, tmp_path, monkeypatch, is_seen_before
+    settings, whole, small_disk, monkeypatch, is_seen_before
 ):
-    disk = small_disk(90)
+    disk = small_disk(9)
     settings = {**settings, "output_dir": str(disk / "out"), "save_total_limit": 1}
-    train_bert_rerank.train({**settings, "seed": 1})
+    train_bert_rerank.train({**settings, "epochs": 1})
     earlier = (disk / "out" / "final_model" / "model.safetensors").read_bytes()
-    train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "whole")})
     original, usage = train_bert_rerank.save_checkpoint, shutil.disk_usage
 
     def save(run):
         if run.progress.step == 4:  # somebody else needs the room
-            (disk / "other").write_bytes(bytes(usage(disk).free - 8_000_000))
+            (disk / "other").write_bytes(bytes(usage(disk).free - 800_000))
         original(run)
 
     with monkeypatch.context() as patch:
@@ -745,55 +794,53 @@ def test_a_disk_that_fills_up_costs_one_checkpoint_and_the_run_goes_on_when_ther
             patch.setattr(train_bert_rerank.shutil, "disk_usage", lambda path: usage(path)._replace(free=10**12))
         with pytest.raises(UserError) as caught:
             train_bert_rerank.train(settings)
-    said = r"checkpoint-00000004 needs [12]\d\.\d MB" + (", and " if is_seen_before else " and cannot be written: ")
+    said = r"checkpoint-00000004 needs [12]\.\d MB" + (", and " if is_seen_before else " and cannot be written: ")
     assert re.search(said, str(caught.value)) and "to go on: " in str(caught.value), caught.value
     [left] = checkpoints_in(disk / "out" / "unfinished_run")
     assert left.name == "checkpoint-00000002" and not list((disk / "out").rglob("*.machine*"))
     assert (disk / "out" / "final_model" / "model.safetensors").read_bytes() == earlier
     (disk / "other").unlink()
     train_bert_rerank.train({**settings, **RESUME})
-    assert digests(disk / "out") == digests(tmp_path / "whole")
+    assert digests(disk / "out") == digests(whole[0])
 
 
-def test_a_lower_limit_makes_room_on_a_disk_that_is_full(settings, small_disk, train_until):
-    disk = small_disk(90)
+def test_a_lower_limit_makes_room_on_a_disk_that_is_full(settings, small_disk, killed_run):
+    disk = small_disk(9)
     settings = {**settings, "output_dir": str(disk / "out")}
-    train_until(6, settings)
-    (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - 18_000_000))
+    shutil.copytree(killed_run, disk / "out")
+    (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - 1_800_000))
     with pytest.raises(UserError, match="or lower save_total_limit"):
         train_bert_rerank.train({**settings, **RESUME})
-    (disk / "other").write_bytes(bytes(15_000_000))
+    (disk / "other").write_bytes(bytes(1_500_000))
     train_until(9, {**settings, **RESUME, "save_total_limit": 1})
     assert [path.name for path in checkpoints_in(disk / "out" / "unfinished_run")] == ["checkpoint-00000008"]
 
 
-def test_a_disk_without_room_for_the_model_leaves_the_last_checkpoint(settings, small_disk, tmp_path, monkeypatch):
-    disk = small_disk(90)
+def test_a_disk_without_room_for_the_model_leaves_the_last_checkpoint(settings, whole, small_disk, monkeypatch):
+    disk = small_disk(9)
     settings = {**settings, "output_dir": str(disk / "out"), "save_total_limit": 1}
     judge = train_bert_rerank.judge
 
     def fill(*arguments):
-        (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - 3_000_000))
+        (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - 300_000))
         return judge(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_bert_rerank, "judge", fill)
-        with pytest.raises(UserError, match=r"The model needs \d+\.\d MB, and \S+ has [23]\.\d MB left"):
+        with pytest.raises(UserError, match=r"The model needs \d+\.\d MB, and \S+ has 0\.[23] MB left"):
             train_bert_rerank.train(settings)
     assert [path.name for path in checkpoints_in(disk / "out" / "unfinished_run")] == ["checkpoint-00000010"]
     (disk / "other").unlink()
     train_bert_rerank.train({**settings, **RESUME})
-    train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "whole")})
-    assert digests(disk / "out") == digests(tmp_path / "whole")
+    assert digests(disk / "out") == digests(whole[0])
 
 
 @pytest.mark.parametrize("name", ["", "new/out"])
-def test_an_output_dir_that_cannot_be_written_to_is_found_out_first(settings, small_disk, run_script, name):
+def test_an_output_dir_that_cannot_be_written_to_is_found_out_first(settings, small_disk, run_main, name):
     disk = small_disk(1, "ro")
-    arguments = [text for key, value in settings.items() for text in (f"--{key}", value)]
-    done = run_script(*arguments, "--output_dir", disk / name)
-    assert done.returncode == 2 and "Loading" not in done.stdout
-    assert done.stdout.endswith(f"Error: output_dir {disk / name}: {disk} is no folder that this run may write to\n")
+    status, output = run_main(*command_line({**settings, "output_dir": disk / name}))
+    assert status == 2 and "Loading" not in output
+    assert output.endswith(f"Error: output_dir {disk / name}: {disk} is no folder that this run may write to\n")
 
 
 # ---- wandb -----------------------------------------------------------------------------------------------------------

@@ -14,15 +14,20 @@ from train_bert_rerank import seed_everything, supported_precision
 
 
 def test_two_runs_give_the_same_bits_whatever_the_hash_seed_and_another_seed_gives_others(
-    run_script, write_jsonl, tmp_path
+    run_main, run_script, write_jsonl, tmp_path, monkeypatch
 ):
     write_jsonl("train.jsonl", rows_of(40, 20))
+    monkeypatch.chdir(tmp_path)
     results = []
-    for number, (hash_seed, seed) in enumerate([("1", 42), ("2", 42), ("1", 43)]):
-        done = run_script("--model_name_or_path", TINY, "--train_dataset", "train.jsonl", "--eval_proportion", 0.3,
-                          "--output_dir", f"out{number}", "--epochs", 2, "--lr", "1e-3", "--seed", seed,
-                          "--mixed_precision", "no", PYTHONHASHSEED=hash_seed)  # fmt: skip
-        assert done.returncode == 0, done.stdout
+    for number, (hash_seed, seed) in enumerate([("1", 42), ("2", 42), (None, 43)]):
+        command = ["--model_name_or_path", TINY, "--train_dataset", "train.jsonl", "--eval_proportion", 0.3,
+                   "--output_dir", f"out{number}", "--epochs", 2, "--lr", "1e-3", "--seed", seed,
+                   "--mixed_precision", "no"]  # fmt: skip
+        if hash_seed:
+            done = run_script(*command, PYTHONHASHSEED=hash_seed)
+            assert done.returncode == 0, done.stdout
+        else:
+            assert run_main(*command)[0] == 0
         names = ("final_model/model.safetensors", "eval_report.json", "predictions.jsonl", "rows_to_check.jsonl",
                  "loss_curve.png", "score_distribution.png")  # fmt: skip
         files = [(tmp_path / f"out{number}" / name).read_bytes() for name in names]
@@ -72,10 +77,12 @@ def test_where_the_processor_has_no_such_format_fp32_is_used_and_said(asked, nat
     assert ("fp32" in said and asked in said) if used != asked else said == ""
 
 
-def test_train_can_be_called_again_in_one_process_with_another_precision(write_jsonl, tmp_path, monkeypatch):
+def test_train_can_be_called_again_in_one_process_with_another_precision(
+    small_model, write_jsonl, tmp_path, monkeypatch
+):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    args = {"model_name_or_path": TINY, "train_dataset": write_jsonl("rows.jsonl", rows_of(4)), "eval_dataset": None,
-            "output_dir": str(tmp_path / "out"), "epochs": 1}  # fmt: skip
+    args = {"model_name_or_path": small_model, "train_dataset": write_jsonl("rows.jsonl", rows_of(4)),
+            "eval_dataset": None, "output_dir": str(tmp_path / "out"), "epochs": 1}  # fmt: skip
     precisions = [train_bert_rerank.train({**args, "mixed_precision": each})["precision"] for each in ("no", "bf16")]
     assert precisions == ["no", "bf16"]
     from safetensors.torch import load_file

@@ -1,5 +1,6 @@
 """Several processes and machines: what they exchange, what they do with nothing to do, and what one's death does."""
 
+import io
 import json
 import os
 import re
@@ -7,12 +8,12 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 
 import pytest
-from conftest import ROOT, rows_of
+from conftest import ROOT, command_line, rows_of, write_rows
 from safetensors.torch import load_file
-from test_training import graded_rows, one_and_two_processes, scalars_of, update_errors, without_dropout  # noqa: F401
+from test_training import graded_rows, scalars_of, update_errors, without_dropout  # noqa: F401
 
 import train_bert_rerank
 from train_bert_rerank import UserError
@@ -51,8 +52,7 @@ def run_two(tmp_path):
     """run_two(settings, script=…, launcher=…) -> (exit status, output) of two processes on this machine."""
 
     def run(settings, script=SCRIPT, launcher=TORCHRUN):
-        arguments = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
-        process = start(tmp_path, sys.executable, "-m", *launcher, "2", str(script), *arguments,
+        process = start(tmp_path, sys.executable, "-m", *launcher, "2", str(script), *command_line(settings),
                         ACCELERATE_USE_CPU="true")  # fmt: skip
         [text] = output_of([process], [tmp_path])
         return process.returncode, text
@@ -78,7 +78,8 @@ def settings(without_dropout, write_jsonl, tmp_path):  # noqa: F811
     """Settings of a run of two epochs of nine rows in windows of four, four and one."""
     return {"model_name_or_path": without_dropout, "train_dataset": write_jsonl("train.jsonl", rows_of(9)),
             "eval_dataset": None, "output_dir": str(tmp_path / "out"), "max_len": 128, "epochs": 2, "lr": 1e-3,
-            "batch_size": 1, "gradient_accumulation_steps": 2, "mixed_precision": "no"}  # fmt: skip
+            "batch_size": 1, "gradient_accumulation_steps": 2, "mixed_precision": "no",
+            "log_with": None}  # fmt: skip
 
 
 def assert_same_updates(folder, other, base):
@@ -86,6 +87,48 @@ def assert_same_updates(folder, other, base):
     weights = [load_file(each / "final_model" / "model.safetensors") for each in (folder, other)]
     errors = update_errors(*weights, load_file(f"{base}/model.safetensors"))
     assert max(errors.values()) < 1e-3, max(errors.items(), key=lambda item: item[1])
+
+
+# ---- Two processes ---------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def one_and_two_processes(without_dropout, tmp_path_factory):  # noqa: F811
+    """Output folders and printed text of the same run on one process and on two: 33 rows in windows of 16, 16 and 1."""
+    folder = tmp_path_factory.mktemp("processes")
+    settings = {"model_name_or_path": without_dropout, "max_label": 4, "epochs": 2, "lr": 1e-3,
+                "train_dataset": write_rows(folder / "train.jsonl", graded_rows(33)),
+                "eval_dataset": write_rows(folder / "eval.jsonl", rows_of(21, 7)), "mixed_precision": "no",
+                "load_best_model_at_end": False}  # fmt: skip
+    with redirect_stdout(io.StringIO()) as printed:
+        train_bert_rerank.train({**settings, "gradient_accumulation_steps": 8, "output_dir": str(folder / "out1")})
+    settings |= {"gradient_accumulation_steps": 4, "output_dir": folder / "out2"}
+    process = start(folder, sys.executable, "-m", *TORCHRUN, "2", str(SCRIPT), *command_line(settings))
+    [text] = output_of([process], [folder])
+    assert process.returncode == 0, text
+    return [(folder / "out1", printed.getvalue()), (folder / "out2", text)]
+
+
+def test_two_processes_take_the_same_steps_as_one(one_and_two_processes, without_dropout):  # noqa: F811
+    (one, one_text), (two, two_text) = one_and_two_processes
+    assert "processes: 1" in one_text and two_text.count("processes: 2") == 1  # said once, by the main process
+    ours, theirs = scalars_of(two), scalars_of(one)
+    assert ours["train/lr"] == theirs["train/lr"] and len(ours["train/lr"]) == 6
+    for tag in ("train/loss", "train/grad_norm"):  # every sample once, or the mean loss would differ
+        assert [value for _, value in ours[tag]] == pytest.approx([value for _, value in theirs[tag]], rel=1e-4)
+    weights = [load_file(folder / "final_model" / "model.safetensors") for folder in (two, one)]
+    errors = update_errors(*weights, load_file(f"{without_dropout}/model.safetensors"))
+    assert max(errors.values()) < 1e-3, max(errors.items(), key=lambda item: item[1])
+
+
+def test_the_number_of_processes_does_not_change_the_evaluation(one_and_two_processes):
+    runs = [json.loads((folder / "run.json").read_text()) for folder, _ in one_and_two_processes]
+    assert [run["processes"] for run in runs] == [1, 2]
+    one, two = (json.loads((folder / "eval_report.json").read_text()) for folder, _ in one_and_two_processes)
+    assert one["before"] == pytest.approx(two["before"], abs=1e-6)
+    assert one["after"] == pytest.approx(two["after"], abs=1e-3)
+    rows = [[json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+            for folder, _ in one_and_two_processes]  # fmt: skip
+    assert [row["score_before"] for row in rows[0]] == pytest.approx([row["score_before"] for row in rows[1]], abs=1e-6)
+    assert [row["score_after"] for row in rows[0]] == pytest.approx([row["score_after"] for row in rows[1]], abs=1e-4)
 
 
 # ---- Two machines ----------------------------------------------------------------------------------------------------
@@ -104,14 +147,13 @@ def run_on_two_machines(tmp_path):
 
     def run(settings, files=({}, {}), script=SCRIPT):
         folders, processes = [tmp_path / f"machine{rank}" for rank in (0, 1)], []
-        arguments = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
         for rank, (name, folder) in enumerate(zip(names, folders, strict=True)):
             folder.mkdir()
             for file, text in files[rank].items():
                 (folder / file).write_text(text, encoding="utf-8")
             node = ["--nnodes", "2", "--node_rank", str(rank), "--master_addr", "10.0.0.1", "--master_port", "29500"]
             launcher = ["ip", "netns", "exec", name, sys.executable, "-m", *TORCHRUN, "1", *node]
-            processes.append(start(folder, *launcher, str(script), *arguments, GLOO_SOCKET_IFNAME="eth0"))
+            processes.append(start(folder, *launcher, str(script), *command_line(settings), GLOO_SOCKET_IFNAME="eth0"))
         texts = output_of(processes, folders)
         return folders, [process.returncode for process in processes], texts
 
@@ -196,8 +238,9 @@ def test_gradients_are_synchronised_once_a_window_and_waiting_may_take_a_day(set
 
 # ---- Less to do than processes ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("train_rows", "eval_rows"), [(1, 1), (3, 2)], ids=["one row", "windows of two rows and of one, one eval query"]
-)
+    ("train_rows", "eval_rows"), [pytest.param(1, 1, marks=pytest.mark.slow), (3, 2)],
+    ids=["one row", "windows of two rows and of one, one eval query"],
+)  # fmt: skip
 def test_a_process_without_a_row_holds_up_nobody(train_rows, eval_rows, settings, write_jsonl, run_two, tmp_path):
     write_jsonl("train.jsonl", rows_of(train_rows))
     rows = [{"query": "怎么办", "content": text, "label": index} for index, text in enumerate(["请看书。", "请看报。"])]

@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import matplotlib  # noqa: F401  one test takes away the path that packages are found on
 import pytest
 from conftest import ROOT, TINY, rows_of
 
@@ -85,10 +86,12 @@ def test_each_setting_has_a_comment_with_its_kinds_and_its_meaning():
         assert any(train_bert_rerank.fits(default, kind) for kind in kinds), key
 
 
-def test_help_lists_each_setting_with_meaning_kinds_and_default_and_exits_with_0(run_script, tmp_path):
-    run = run_script("--help", COLUMNS="1000")
-    assert run.returncode == 0
-    shown = " ".join(run.stdout.split())
+def test_help_lists_each_setting_with_meaning_kinds_and_default_and_exits_with_0(run_main, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.chdir(tmp_path)
+    status, printed = run_main("--help")
+    assert status == 0
+    shown = " ".join(printed.split())
     for key, (kinds, meaning, default) in SETTINGS.items():
         assert f"--{key} {meaning} ({' or '.join(kinds)}; default {default!r})" in shown
     assert os.listdir(tmp_path) == []
@@ -374,39 +377,32 @@ def test_a_statement_before_args_does_not_hide_them(edited_script):
 
 
 # ---- Logging ---------------------------------------------------------------------------------------------------------
-WITHOUT_WANDB = """
-import sys
-from importlib.machinery import PathFinder
-
-class WithoutWandb(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.partition(".")[0] == "wandb" else PathFinder.find_spec(name, path, target)
-
-sys.meta_path[:] = [WithoutWandb if finder is PathFinder else finder for finder in sys.meta_path]
-"""
-
-
-def test_without_wandb_installed_log_with_wandb_says_how_to_install_it(run_script, write_jsonl, tmp_path):
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT_WANDB)
-    before = sorted(os.listdir(tmp_path))
-    run = run_script("--log_with", "wandb", "--model_name_or_path", TINY, PYTHONPATH=str(tmp_path / "site"))
-    assert (run.returncode, run.stdout) == (2, "Error: the package wandb is missing: pip install wandb\n")
-    assert sorted(os.listdir(tmp_path)) == before
-
-
-def test_a_wandb_folder_of_earlier_runs_does_not_pass_for_the_package(tmp_path, monkeypatch):
-    (tmp_path / "wandb").mkdir()
+@pytest.fixture
+def without_wandb(tmp_path, monkeypatch):
+    """In the test's folder, the only one in which packages are looked for that are not imported yet."""
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+
+
+def test_without_wandb_installed_log_with_wandb_says_how_to_install_it(without_wandb, run_main, tmp_path):
+    said = run_main("--log_with", "wandb", "--model_name_or_path", TINY)
+    assert said == (2, "Error: the package wandb is missing: pip install wandb\n")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_wandb_folder_of_earlier_runs_does_not_pass_for_the_package(without_wandb, tmp_path):
+    (tmp_path / "wandb").mkdir()
     with pytest.raises(UserError, match="^the package wandb is missing: pip install wandb$"):
         check_settings({"log_with": "wandb"})
 
 
-def test_log_with_wandb_offline_logs_each_step_under_output_dir_and_nowhere_else(run_script, write_jsonl, tmp_path):
+def test_log_with_wandb_offline_logs_each_step_under_output_dir_and_nowhere_else(
+    run_script, small_model, write_jsonl, tmp_path
+):
     write_jsonl("train.jsonl", rows_of(5))
-    settings = {**SMALL_RUN, "epochs": 2, "train_dataset": "train.jsonl", "output_dir": "output", "log_with": "wandb"}
+    settings = {**SMALL_RUN, "model_name_or_path": small_model, "epochs": 2, "train_dataset": "train.jsonl",
+                "output_dir": "output", "log_with": "wandb"}  # fmt: skip
     arguments = [f"--{key}={value}" for key, value in {**settings, "gradient_accumulation_steps": 2}.items()]
     run = run_script(*arguments, WANDB_MODE="offline")
     assert run.returncode == 0, run.stdout
@@ -417,9 +413,10 @@ def test_log_with_wandb_offline_logs_each_step_under_output_dir_and_nowhere_else
         assert logged.count(name) >= 4, "a record for each of the four steps"
 
 
-def test_an_output_dir_that_cannot_be_made_ends_in_one_message(run_script, write_jsonl, tmp_path):
+def test_an_output_dir_that_cannot_be_made_ends_in_one_message(run_main, write_jsonl, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    done = run_script("--model_name_or_path", TINY, "--train_dataset", write_jsonl("rows.jsonl", rows_of(4)),
-                      "--eval_dataset", None, "--output_dir", "file/sub", "--mixed_precision", "no")  # fmt: skip
-    assert done.returncode == 2 and "Loading" not in done.stdout
-    assert done.stdout.endswith("Error: output_dir file/sub: file is no folder that this run may write to\n")
+    monkeypatch.chdir(tmp_path)
+    status, printed = run_main("--model_name_or_path", TINY, "--train_dataset", write_jsonl("rows.jsonl", rows_of(4)),
+                               "--eval_dataset", None, "--output_dir", "file/sub", "--mixed_precision", "no")
+    assert status == 2 and "Loading" not in printed
+    assert printed.endswith("Error: output_dir file/sub: file is no folder that this run may write to\n")

@@ -20,6 +20,7 @@ import train_bert_rerank
 from train_bert_rerank import BertRerankerModel, UserError
 
 SCRIPT = (ROOT / "train_bert_rerank.py").read_text(encoding="utf-8")
+pytestmark = pytest.mark.usefixtures("small_pictures")
 KEY_BIAS = "attention.self.key.bias"  # its gradient is zero but for rounding noise, which Adam turns into steps
 
 
@@ -42,6 +43,12 @@ def scalars_of(output_dir):
     """{tag: [(step, value)]} of a run's TensorBoard log."""
     log = EventAccumulator(str(Path(output_dir) / "logs" / "train_bert_rerank"), size_guidance={"scalars": 0}).Reload()
     return {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+
+
+@pytest.fixture(scope="module")
+def plain_steps(without_dropout):
+    """What plain_loop() makes of 21 rows in windows of 8, 8 and 5."""
+    return plain_loop(without_dropout, graded_rows(21), 8, 2, 1e-3, 7)
 
 
 def plain_loop(model_folder, rows, samples_per_step, epochs, peak, seed):
@@ -91,8 +98,9 @@ def update_errors(weights, reference, base):
     }
 
 
-def check_against_plain_loop(module, model_folder, rows, tmp_path, write_jsonl, monkeypatch):
+def check_against_plain_loop(module, model_folder, plain_steps, tmp_path, write_jsonl, monkeypatch):
     """Train with `module`, then assert that each gradient, norm, loss and weight is the plain loop's."""
+    expected, norms, losses, weights = plain_steps
     gradients, original = [], accelerate.Accelerator.clip_grad_norm_
 
     def recording(accelerator, parameters, max_norm):
@@ -107,12 +115,11 @@ def check_against_plain_loop(module, model_folder, rows, tmp_path, write_jsonl, 
     )
     output_dir = tmp_path / "out"
     module.train({
-        "model_name_or_path": model_folder, "train_dataset": write_jsonl("rows.jsonl", rows), "eval_dataset": None,
-        "output_dir": str(output_dir), "max_label": 4, "epochs": 2, "lr": 1e-3, "batch_size": 2, "max_len": 64,
-        "gradient_accumulation_steps": 4, "mixed_precision": "no", "seed": 7,
+        "model_name_or_path": model_folder, "train_dataset": write_jsonl("rows.jsonl", graded_rows(21)),
+        "eval_dataset": None, "output_dir": str(output_dir), "max_label": 4, "epochs": 2, "lr": 1e-3, "batch_size": 2,
+        "gradient_accumulation_steps": 4, "max_len": 64, "mixed_precision": "no", "seed": 7,
     })  # fmt: skip
-    expected, norms, losses, weights = plain_loop(model_folder, rows, 8, 2, 1e-3, 7)
-    assert len(gradients) == len(expected) == 2 * math.ceil(len(rows) / 8)
+    assert len(gradients) == len(expected) == 2 * 3
     for step, (ours, theirs) in enumerate(zip(gradients, expected, strict=True), start=1):
         difference = math.sqrt(sum((ours[name] - theirs[name]).square().sum().item() for name in theirs))
         size = math.sqrt(sum(theirs[name].square().sum().item() for name in theirs))
@@ -125,8 +132,8 @@ def check_against_plain_loop(module, model_folder, rows, tmp_path, write_jsonl, 
     assert max(errors.values()) < 1e-3, max(errors.items(), key=lambda item: item[1])
 
 
-def test_each_step_is_that_of_a_plain_loop(without_dropout, tmp_path, write_jsonl, monkeypatch):
-    check_against_plain_loop(train_bert_rerank, without_dropout, graded_rows(37), tmp_path, write_jsonl, monkeypatch)
+def test_each_step_is_that_of_a_plain_loop(without_dropout, plain_steps, tmp_path, write_jsonl, monkeypatch):
+    check_against_plain_loop(train_bert_rerank, without_dropout, plain_steps, tmp_path, write_jsonl, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -138,21 +145,23 @@ def test_each_step_is_that_of_a_plain_loop(without_dropout, tmp_path, write_json
     ],
     ids=["loss x 8", "loss / 8", "last window divided by the full size"],
 )
-def test_a_wrong_divisor_would_be_seen(right, wrong, without_dropout, tmp_path, write_jsonl, monkeypatch):
+def test_a_wrong_divisor_would_be_seen(right, wrong, without_dropout, plain_steps, tmp_path, write_jsonl, monkeypatch):
     assert SCRIPT.count(right) == 1
     (tmp_path / "broken.py").write_text(SCRIPT.replace(right, wrong), encoding="utf-8")
     spec = importlib.util.spec_from_file_location("broken", tmp_path / "broken.py")
     broken = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(broken)
     with pytest.raises(AssertionError, match="gradient of step"):
-        check_against_plain_loop(broken, without_dropout, graded_rows(37), tmp_path, write_jsonl, monkeypatch)
+        check_against_plain_loop(broken, without_dropout, plain_steps, tmp_path, write_jsonl, monkeypatch)
 
 
 @pytest.mark.parametrize(("rows", "steps"), [(1, 1), (15, 1), (16, 1), (17, 2), (198, 13)])
-def test_steps_an_epoch_are_rows_over_samples_per_step_rounded_up(rows, steps, tmp_path, write_jsonl, capfd):
+def test_steps_an_epoch_are_rows_over_samples_per_step_rounded_up(
+    rows, steps, small_model, tmp_path, write_jsonl, capfd
+):
     train_bert_rerank.train({
-        "model_name_or_path": TINY, "train_dataset": write_jsonl("rows.jsonl", rows_of(rows)), "eval_dataset": None,
-        "output_dir": str(tmp_path / "out"), "epochs": 2, "mixed_precision": "no", "lr": 1e-3,
+        "model_name_or_path": small_model, "train_dataset": write_jsonl("rows.jsonl", rows_of(rows)),
+        "eval_dataset": None, "output_dir": str(tmp_path / "out"), "epochs": 2, "mixed_precision": "no", "lr": 1e-3,
     })  # fmt: skip
     scalars = scalars_of(tmp_path / "out")
     for tag in ("train/loss", "train/lr", "train/grad_norm"):
@@ -176,70 +185,23 @@ def test_the_learning_rate_warms_up_from_the_first_step_and_reaches_zero_after_t
     assert train_bert_rerank.learning_rate(10, 10, 1.0, 1.0) == 1.0
 
 
-@pytest.fixture(scope="session")
-def one_and_two_processes(without_dropout, tmp_path_factory):
-    """Output folders and printed text of the same run on one process and on two: 33 rows in windows of 16, 16 and 1."""
-    import os
-    import subprocess
-    import sys
-
-    folder = tmp_path_factory.mktemp("processes")
-    rows = graded_rows(33)
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(21, 7)), encoding="utf-8")
-    results = []
-    for processes, accumulation in ((1, 8), (2, 4)):
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if processes == 2 else []
-        done = subprocess.run(
-            [sys.executable, *launcher, str(ROOT / "train_bert_rerank.py"), "--model_name_or_path", without_dropout,
-             "--train_dataset", "train.jsonl", "--output_dir", f"out{processes}", "--mixed_precision", "no",
-             "--max_label", "4", "--load_best_model_at_end", "false", "--epochs", "2", "--lr", "1e-3",
-             "--gradient_accumulation_steps", str(accumulation)],
-            cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        results.append((folder / f"out{processes}", done.stdout))
-    return results
-
-
-def test_two_processes_take_the_same_steps_as_one(one_and_two_processes, without_dropout):
-    (one, one_text), (two, two_text) = one_and_two_processes
-    assert "processes: 1" in one_text and two_text.count("processes: 2") == 1  # said once, by the main process
-    ours, theirs = scalars_of(two), scalars_of(one)
-    assert ours["train/lr"] == theirs["train/lr"] and len(ours["train/lr"]) == 6
-    for tag in ("train/loss", "train/grad_norm"):  # every sample once, or the mean loss would differ
-        assert [value for _, value in ours[tag]] == pytest.approx([value for _, value in theirs[tag]], rel=1e-4)
-    weights = [load_file(folder / "final_model" / "model.safetensors") for folder in (two, one)]
-    errors = update_errors(*weights, load_file(f"{without_dropout}/model.safetensors"))
-    assert max(errors.values()) < 1e-3, max(errors.items(), key=lambda item: item[1])
-
-
-def test_the_number_of_processes_does_not_change_the_evaluation(one_and_two_processes):
-    runs = [json.loads((folder / "run.json").read_text()) for folder, _ in one_and_two_processes]
-    assert [run["processes"] for run in runs] == [1, 2]
-    one, two = (json.loads((folder / "eval_report.json").read_text()) for folder, _ in one_and_two_processes)
-    assert one["before"] == pytest.approx(two["before"], abs=1e-6)
-    assert one["after"] == pytest.approx(two["after"], abs=1e-3)
-    rows = [[json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
-            for folder, _ in one_and_two_processes]  # fmt: skip
-    assert [row["score_before"] for row in rows[0]] == pytest.approx([row["score_before"] for row in rows[1]], abs=1e-6)
-    assert [row["score_after"] for row in rows[0]] == pytest.approx([row["score_after"] for row in rows[1]], abs=1e-4)
-
-
-def test_a_run_prints_its_stages_in_order_and_a_second_one_replaces_the_first(run_script, write_jsonl, tmp_path):
+def test_a_run_prints_its_stages_in_order_and_a_second_one_replaces_the_first(
+    run_main, small_model, write_jsonl, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     write_jsonl("my_train.jsonl", rows_of(20))
     write_jsonl("my_eval.jsonl", rows_of(21, 7))
-    command = ["--model_name_or_path", TINY, "--train_dataset", "my_train.jsonl", "--output_dir", "out", "--epochs", 2,
-               "--mixed_precision", "no"]  # fmt: skip
-    first = run_script(*command)
-    assert first.returncode == 0, first.stdout
+    command = ["--model_name_or_path", small_model, "--train_dataset", "my_train.jsonl", "--output_dir", "out",
+               "--epochs", 2, "--mixed_precision", "no"]  # fmt: skip
+    status, said = run_main(*command)
+    assert status == 0, said
     stages = [
         "Training Args: {", "Loading data: ", "----- Label Distribution -----", "Label 0.00: 10 (50.00%)",
-        "Label 1.00: 10 (50.00%)", "Evaluating on 7 queries (21 rows) of my_eval.jsonl", "1.4 M parameters",
+        "Label 1.00: 10 (50.00%)", "Evaluating on 7 queries (21 rows) of my_eval.jsonl", "0.1 M parameters",
         "Start training for 2 epochs ...", "Training: 100%", "Training finished! Saving model ...",
         "Model saved successfully!", "ndcg@10  ", "best_f1  ", "Verdict: too few queries to tell. 7 queries (",
     ]  # fmt: skip
-    places = [first.stdout.index(stage) for stage in stages]
+    places = [said.index(stage) for stage in stages]
     assert places == sorted(places)
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {"cache", "final_model", "loss_curve.png", "logs", "run.json", "eval_report.json",
@@ -251,17 +213,16 @@ def test_a_run_prints_its_stages_in_order_and_a_second_one_replaces_the_first(ru
     assert run["seconds"]["training"] > 0 and run["peak_memory_bytes"] > 1e8 and run["versions"]["torch"]
 
     (tmp_path / "out" / "final_model" / "stale").touch()
-    second = run_script(*command, "--epochs", 1)
-    assert second.returncode == 0, second.stdout
-    assert "final_model, of an earlier run, is replaced." in second.stdout
+    status, said = run_main(*command, "--epochs", 1)
+    assert status == 0, said
+    assert "final_model, of an earlier run, is replaced." in said
     assert {path.name for path in (tmp_path / "out").iterdir()} == written
     assert not (tmp_path / "out" / "final_model" / "stale").exists()
     assert [step for step, _ in scalars_of(tmp_path / "out")["train/loss"]] == [1, 2]
 
 
-def test_a_run_that_fails_leaves_the_earlier_results_alone(write_jsonl, tmp_path, monkeypatch):
-    args = {"model_name_or_path": TINY, "train_dataset": write_jsonl("rows.jsonl", rows_of(4)), "eval_dataset": None,
-            "output_dir": str(tmp_path / "out"), "epochs": 1, "mixed_precision": "no"}  # fmt: skip
+def test_a_run_that_fails_leaves_the_earlier_results_alone(small_run, tmp_path, monkeypatch):
+    args = {**small_run, "log_with": "tensorboard"}
     train_bert_rerank.train(args)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
@@ -274,17 +235,14 @@ def test_a_run_that_fails_leaves_the_earlier_results_alone(write_jsonl, tmp_path
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_model_without_evaluation_claims_nothing(write_jsonl, tmp_path, capsys):
-    run = train_bert_rerank.train({
-        "model_name_or_path": TINY, "train_dataset": write_jsonl("rows.jsonl", rows_of(4)), "eval_dataset": None,
-        "output_dir": str(tmp_path / "out"), "epochs": 1, "mixed_precision": "no",
-    })  # fmt: skip
+def test_a_model_without_evaluation_claims_nothing(small_run, capsys):
+    run = train_bert_rerank.train(small_run)
     assert run["report"] is None
     out = capsys.readouterr().out
     assert "No evaluation" in out and "ndcg" not in out.lower().partition("start training")[2]
 
 
-def test_max_grad_norm_clips_and_zero_never_does(without_dropout, write_jsonl, tmp_path, monkeypatch):
+def test_max_grad_norm_clips_and_zero_never_does(small_run, without_dropout, monkeypatch):
     norms, original = [], accelerate.Accelerator.clip_grad_norm_
 
     def recording(accelerator, parameters, max_norm):
@@ -294,17 +252,15 @@ def test_max_grad_norm_clips_and_zero_never_does(without_dropout, write_jsonl, t
         return before
 
     monkeypatch.setattr(accelerate.Accelerator, "clip_grad_norm_", recording)
-    args = {"model_name_or_path": without_dropout, "train_dataset": write_jsonl("rows.jsonl", rows_of(4)), "lr": 0.0,
-            "eval_dataset": None, "output_dir": str(tmp_path / "out"), "epochs": 1, "mixed_precision": "no"}
+    args = {**small_run, "model_name_or_path": without_dropout, "lr": 0.0}
     for max_grad_norm in (1e-3, 0.0):
         train_bert_rerank.train({**args, "max_grad_norm": max_grad_norm})
     (raw, clipped), (raw_again, untouched) = norms
     assert raw == raw_again == pytest.approx(untouched, rel=1e-5) and clipped == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_weight_decay_spares_biases_and_layer_norm(without_dropout, write_jsonl, tmp_path):
-    args = {"model_name_or_path": without_dropout, "train_dataset": write_jsonl("rows.jsonl", rows_of(4)), "lr": 1e-3,
-            "eval_dataset": None, "output_dir": str(tmp_path / "out"), "epochs": 1, "mixed_precision": "no"}
+def test_weight_decay_spares_biases_and_layer_norm(small_run, without_dropout, tmp_path):
+    args = {**small_run, "model_name_or_path": without_dropout, "lr": 1e-3}
     weights = []
     for weight_decay in (0.0, 0.5):
         train_bert_rerank.train({**args, "weight_decay": weight_decay})
@@ -314,10 +270,11 @@ def test_weight_decay_spares_biases_and_layer_norm(without_dropout, write_jsonl,
 
 
 @pytest.fixture
-def small_run(write_jsonl, tmp_path):
+def small_run(small_model, write_jsonl, tmp_path):
     """Settings of a run of one step, into a folder `out`."""
-    return {"model_name_or_path": TINY, "train_dataset": write_jsonl("rows.jsonl", rows_of(4)), "eval_dataset": None,
-            "output_dir": str(tmp_path / "out"), "epochs": 1, "mixed_precision": "no", "log_with": None}
+    return {"model_name_or_path": small_model, "train_dataset": write_jsonl("rows.jsonl", rows_of(4)),
+            "eval_dataset": None, "output_dir": str(tmp_path / "out"), "epochs": 1, "mixed_precision": "no",
+            "log_with": None}  # fmt: skip
 
 
 @pytest.mark.parametrize("kept", ["final_model/mine.txt", "logs/mine.txt"])
