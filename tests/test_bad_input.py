@@ -238,4 +238,4 @@ def test_the_script_holds_no_pickle_no_shell_and_one_eval_which_is_of_its_own_so
     assert loads and all("weights_only=True" in map(ast.unparse, call.keywords) for call in loads)
     assert not any(keyword.arg in ("shell", "allow_pickle") for call in calls for keyword in call.keywords)
     [started] = [text for text in map(ast.unparse, calls) if re.match(r"subprocess\.(?!list2)\w+\([^.]*$", text)]
-    assert started.startswith("subprocess.run(git, ") and "git = ['git', " in ast.unparse(tree), "a list"
+    assert started.startswith("subprocess.run(command, ") and "command = ['git', " in ast.unparse(tree), "a list"

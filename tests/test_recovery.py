@@ -16,7 +16,7 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from conftest import ROOT, command_line, rows_of, write_rows
+from conftest import ROOT, TINY, command_line, rows_of, write_rows
 from safetensors.torch import load_file, save_file
 from test_training import scalars_of, update_errors, without_dropout  # noqa: F401
 
@@ -210,8 +210,8 @@ def test_a_second_signal_ends_the_run_at_once_and_writes_no_checkpoint(settings,
 
 
 def test_a_signal_cuts_an_evaluation_short_and_the_next_run_does_it_again(settings, tmp_path, write_jsonl):
-    settings = {**settings, "eval_steps": 5, "eval_dataset": write_jsonl("eval.jsonl", rows_of(900, 300)),
-                "base_interpolation": []}  # fmt: skip
+    settings = {**settings, "model_name_or_path": TINY, "eval_steps": 5, "base_interpolation": [],
+                "eval_dataset": write_jsonl("eval.jsonl", rows_of(600, 200))}  # fmt: skip
     train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "whole")})
     run = Process(settings).wait_for(at_step(4)).wait_for(r"Scoring: +[1-9]\d?%").send(signal.SIGTERM)
     status, output = run.end()
