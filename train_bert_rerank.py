@@ -824,7 +824,7 @@ MICRO_BATCH_COST = {"cpu": 16, "cuda": 256, "mps": 256}  # of one more micro-bat
 def first_token_attention(self, hidden_states, attention_mask=None, *_, **__):
     """The forward of transformers' BertAttention and its likes, for the first token alone: [B, T,
     H] to [B, 1, H]."""
-    attention = self.self
+    attention = self.self  # BertSelfAttention, of which `self` is the BertAttention
 
     def heads_of(layer, states):  # [B, T, H] to [B, heads, T, H / heads]
         return layer(states).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
@@ -1915,7 +1915,7 @@ def keep_few_activations(model):
 
 def remove_stale_caches(*kept):
     """Remove the token files of other data and settings, which the folder would otherwise
-    collect."""
+    collect, and what whole_file() left of one where a run was killed."""
     folder = kept[0].parent
     for path in folder.glob("?" * 64 + ".*"):
         if path not in kept:
@@ -2447,7 +2447,7 @@ def report_bad_step(run, window, suspects):
     """Say which rows a step that is not applied had, or which of them have no finite score; the
     third in a row ends the run."""
     step, _, loss, lr, grad_norm = run.progress.history[-1]
-    suspects = gather_object(suspects.tolist()) or window
+    suspects = gather_object(suspects.tolist()) or window  # one list of those of all processes
     dataset = run.train_data
     names = []
     for file, line in dataset.rows[["file", "line"]][np.sort(suspects)[:10]].tolist():
@@ -3345,6 +3345,7 @@ def main():
             print(printable(error) if is_stopped else f"Error: {printable(error)}", file=sys.stderr)
         sys.exit(status)
     except RuntimeError as error:
+        # gloo says "Connection closed by peer", or reset, where another process has gone.
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "by peer" not in str(error):
             raise
         sys.exit(f"Error: another process of this run has ended: {error}\n{CHOICES}")
