@@ -16,7 +16,7 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from conftest import ROOT, TINY, command_line, rows_of, write_rows
+from conftest import ROOT, command_line, rows_of, write_rows
 from safetensors.torch import load_file, save_file
 from test_training import scalars_of, update_errors, without_dropout  # noqa: F401
 
@@ -59,19 +59,19 @@ class Killed(BaseException):
 
 def train_until(step, settings):
     """Train, and let the process 'die' in that step, before anything of it is applied."""
-    done, log = [0], accelerate.Accelerator.log
+    steps_done = [0]
+    log, clip = accelerate.Accelerator.log, accelerate.Accelerator.clip_grad_norm_
 
-    def note_step(self, values, step=None, **options):
-        log(self, values, step=step, **options)
+    def note_step(accelerator, values, step=None, **options):
+        log(accelerator, values, step=step, **options)
         if "train/loss" in values:
-            done.append(step)
+            steps_done.append(step)
 
-    def die(*_):
-        if done[-1] + 1 == step:
+    def die(*arguments):
+        if steps_done[-1] + 1 == step:
             raise Killed
-        return clip(*_)
+        return clip(*arguments)
 
-    clip = accelerate.Accelerator.clip_grad_norm_
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accelerate.Accelerator, "log", note_step)
         patch.setattr(accelerate.Accelerator, "clip_grad_norm_", die)
@@ -209,12 +209,27 @@ def test_a_second_signal_ends_the_run_at_once_and_writes_no_checkpoint(settings,
     assert names_in(tmp_path / "out" / "unfinished_run") == ["checkpoint-00000001", "logs"]
 
 
+LONG_EVALUATION = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train_bert_rerank
+forward = train_bert_rerank.BertRerankerModel.forward
+def late(model, *arguments):
+    time.sleep(0.0 if model.training else 0.05)
+    return forward(model, *arguments)
+train_bert_rerank.BertRerankerModel.forward = late
+train_bert_rerank.main()
+"""
+
+
 def test_a_signal_cuts_an_evaluation_short_and_the_next_run_does_it_again(settings, tmp_path, write_jsonl):
-    settings = {**settings, "model_name_or_path": TINY, "eval_steps": 5, "base_interpolation": [],
-                "eval_dataset": write_jsonl("eval.jsonl", rows_of(600, 200))}  # fmt: skip
+    """An evaluation of some 80 micro-batches, which lasts four seconds."""
+    (tmp_path / "long_evaluation.py").write_text(LONG_EVALUATION, encoding="utf-8")
+    settings = {**settings, "eval_steps": 5, "eval_dataset": write_jsonl("eval.jsonl", rows_of(200, 67)),
+                "base_interpolation": []}  # fmt: skip
     train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "whole")})
-    run = Process(settings).wait_for(at_step(4)).wait_for(r"Scoring: +[1-9]\d?%").send(signal.SIGTERM)
-    status, output = run.end()
+    run = Process(settings, script=tmp_path / "long_evaluation.py").wait_for("Start training")
+    status, output = run.wait_for(r"Scoring: +[1-9]\d?%").send(signal.SIGTERM).end()
     assert status == 143 and "Stopped by SIGTERM after step 5 of 10" in output and "Step 5, epoch" not in output, output
     assert names_in(tmp_path / "out" / "unfinished_run")[:2] == ["checkpoint-00000004", "checkpoint-00000005"]
     train_bert_rerank.train({**settings, **RESUME})
@@ -487,12 +502,12 @@ def test_a_folder_that_is_no_checkpoint_is_an_error_that_names_those_there_are(s
 
 def test_a_checkpoint_that_was_copied_elsewhere_goes_on_in_another_output_dir(settings, killed, whole, tmp_path):
     saved = torch.load(killed / "checkpoint-00000004" / "state.pt", weights_only=True)
+    best_weights = f"best_weights-{saved['progress']['best_step']:08}.pt"
     shutil.copytree(killed / "checkpoint-00000004", tmp_path / "copy" / "checkpoint-00000004")
     other = {**settings, "output_dir": str(tmp_path / "other"),
              "resume_from_checkpoint": str(tmp_path / "copy" / "checkpoint-00000004")}  # fmt: skip
     with pytest.raises(UserError, match="best weights beside it cannot be read: .*best_weights-0000000"):
         train_bert_rerank.train(other)
-    best_weights = f"best_weights-{saved['progress']['best_step']:08}.pt"
     shutil.copy(killed / best_weights, tmp_path / "copy")
     train_bert_rerank.train(other)
     assert digests(tmp_path / "other") == digests(whole[0])
