@@ -185,7 +185,9 @@ def two_that_fit(without_dropout, tmp_path_factory):  # noqa: F811
     return settings, folder / "out", done.stdout
 
 
-@pytest.mark.parametrize("failing", [(1,), pytest.param((4,), marks=pytest.mark.slow), (3, 7)])
+@pytest.mark.parametrize(
+    "failing", [pytest.param((1,), marks=pytest.mark.slow), pytest.param((4,), marks=pytest.mark.slow), (3, 7)]
+)
 def test_of_two_processes_both_redo_the_window_that_did_not_fit_one(two_that_fit, tmp_path, failing):
     settings, whole, output = two_that_fit
     seeds = re.findall(r"drops out with seed (\d+)", output)
