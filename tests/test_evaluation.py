@@ -340,3 +340,24 @@ def test_the_values_of_average_precision_tell_its_mean_and_its_standard_error(ge
         errors.append(values.std(ddof=1) / len(values) ** 0.5)
     assert np.mean(errors) == pytest.approx(np.std(precisions), rel=0.15)
     assert means == pytest.approx(precisions, abs=1e-9)
+
+
+# ---- Dense scores, and the jackknife ---------------------------------------------------------------------------------
+def test_scores_that_lie_dense_are_no_endless_tie():
+    scores = -0.9e-5 * np.arange(24)  # each within the tolerance of 1e-5 of the next
+    group, sizes = tie_groups(scores)
+    assert sizes.tolist() == [12, 11, 1] and (np.diff(group) >= 0).all()
+
+
+def test_the_values_of_average_precision_are_those_of_a_jackknife_by_its_definition(generator):
+    labels = generator.permutation(np.arange(90) % 3 == 0).astype(float)
+    scores = labels + generator.standard_normal(90)
+    lists = lists_of([3] * 30)
+    whole = average_precision_score(labels, scores)
+    rests = []
+    for rows in lists:
+        others = np.setdiff1d(np.arange(90), rows)
+        rests.append(average_precision_score(labels[others], scores[others]))
+    pseudo_values = 30 * whole - 29 * np.array(rests)  # Tukey 1958
+    expected = pseudo_values - pseudo_values.mean() + whole  # centred, so that their mean is the metric
+    assert metric_values("average_precision", lists, labels, scores) == pytest.approx(expected)

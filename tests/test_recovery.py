@@ -209,6 +209,48 @@ def test_a_second_signal_ends_the_run_at_once_and_writes_no_checkpoint(settings,
     assert names_in(tmp_path / "out" / "unfinished_run") == ["checkpoint-00000001", "logs"]
 
 
+def test_with_nothing_to_evaluate_a_signal_ends_the_run_after_the_step_in_which_it_came(
+    settings, monkeypatch, tmp_path
+):
+    backward, clip, steps, sent = accelerate.Accelerator.backward, accelerate.Accelerator.clip_grad_norm_, [], []
+
+    def signalled_backward(*arguments):
+        if len(steps) == 2 and not sent:  # in the third step
+            sent.append(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return backward(*arguments)
+
+    monkeypatch.setattr(accelerate.Accelerator, "backward", signalled_backward)
+    monkeypatch.setattr(accelerate.Accelerator, "clip_grad_norm_", lambda *each: (steps.append(1), clip(*each))[1])
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # one that comes too late is not to end the tests
+    try:
+        with pytest.raises(UserError, match="^Stopped by SIGTERM after step 3 of 10; checkpoints are in ") as caught:
+            train_bert_rerank.train({**settings, "eval_dataset": None})
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.exit_status == 143 and len(steps) == 3
+    assert names_in(tmp_path / "out" / "unfinished_run") == ["checkpoint-00000002", "checkpoint-00000003", "logs"]
+
+
+def test_a_signal_after_the_last_look_for_one_is_not_lost(settings, monkeypatch, tmp_path):
+    clip, steps, received = accelerate.Accelerator.clip_grad_norm_, [], []
+
+    def signalled(*arguments):
+        steps.append(1)
+        if len(steps) == 10:  # the last step has just asked whether there is one
+            os.kill(os.getpid(), signal.SIGTERM)
+        return clip(*arguments)
+
+    monkeypatch.setattr(accelerate.Accelerator, "clip_grad_norm_", signalled)
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append(len(steps)))
+    try:
+        train_bert_rerank.train({**settings, "eval_dataset": None})
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [10]  # by the handler of the caller, who lets the run go on
+    assert (tmp_path / "out" / "final_model" / "model.safetensors").exists()
+
+
 LONG_EVALUATION = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
