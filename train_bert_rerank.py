@@ -280,7 +280,9 @@ def has_native_bf16(device):
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "mps":
         return torch.backends.mps.is_available() and torch.backends.mps.is_macos_or_newer(14, 0)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False  # nothing is known of others
 
 
 def supported_precision(mixed_precision, device):
@@ -613,11 +615,13 @@ class BadLines:
         self.first = []
 
     def add(self, number, error):
+        """Count line `number`; one of the first ten is kept with its `error`."""
         self.count += 1
         if self.count <= 10:
             self.first.append(f"  line {number}: {error}")
 
     def message(self, path):
+        """What a user is told of the file `path`."""
         plural = "" if self.count == 1 else "s"
         lines = [f"{path}: {self.count} bad line{plural}", *self.first]
         if self.count > 10:
@@ -1185,10 +1189,12 @@ def trained_weights(model):
 
 
 def bytes_of(weights):
+    """The memory that tensors take."""
     return sum(weight.nbytes for weight in weights)
 
 
 def has_finite_weights(model):
+    """Whether no weight of `model` is NaN or infinite."""
     return all(weight.isfinite().all() for weight in model.parameters())
 
 
@@ -1565,6 +1571,7 @@ class StopRequest:
 
     @property
     def is_made(self):
+        """Whether a signal has arrived."""
         return len(self.arrivals) > 0
 
     @property
@@ -1682,14 +1689,17 @@ class Run:
 
     @property
     def samples_per_step(self):
+        """Train rows of an optimizer step, of all processes."""
         return self.identity["samples of a step"]
 
     @property
     def steps_per_epoch(self):
+        """Optimizer steps of an epoch; the last may have fewer rows."""
         return math.ceil(len(self.train_data) / self.samples_per_step)
 
     @property
     def total_steps(self):
+        """Optimizer steps of the whole run."""
         return self.args["epochs"] * self.steps_per_epoch
 
     def epoch_of(self, step):

@@ -1,6 +1,6 @@
 """Does the default run of this checkout end with the same bits as that of another one, an earlier version of it?
 
-    git worktree add ../before v0.1.0
+    git worktree add ../before COMMIT
     python benchmarks/same_bits_as.py ../before
 
 The README's default run, in both checkouts: with one process, with two, and with one that is stopped by SIGTERM, killed

@@ -26,8 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "python3.11 torch==2.6.0 transformers==4.51.3 accelerate==1.6.0 sentence-transformers==5.1.0"
 NEWEST = "python3.11"
 FOR_TESTS = ("pytest", "pytest-xdist", "hypothesis", "scikit-learn", "ir-measures", "sentence-transformers")
-TESTS = ("tests/test_training.py", "tests/test_windows.py", "tests/test_inference.py", "tests/test_model.py",
-         "-k", "not two_processes and not number_of_processes")  # fmt: skip
+TESTS = ("tests/test_training.py", "tests/test_windows.py", "tests/test_inference.py", "tests/test_model.py")
 SHOWN = ("torch", "transformers", "accelerate", "sentence-transformers", "numpy")
 VERSIONS = f"""
 import importlib.metadata, json, platform

@@ -475,6 +475,7 @@ class IdFiles:
         self.misfits = []  # Records of the lines of another width that reading has met
 
     def paths_of(self, kind):
+        """The files of a kind of shape."""
         return [path for path, shape in self.shapes.items() if shape.kind == kind]
 
     def lines_of(self, kind):

@@ -496,6 +496,7 @@ class Tally:
     examples: list = field(default_factory=list)  # lines
 
     def add(self, mined, options):
+        """Count what was mined for a query."""
         self.queries += 1
         if len(mined.negatives) < options.num_negatives:
             self.too_few += 1
@@ -522,6 +523,7 @@ def examples_of(query, mined):
 
 
 def example_line(score, what, text):
+    """A document as the report shows it: its score, what became of it, how it begins."""
     return f"- {score:.3f} {what}: {' '.join(text.split())[:150]}"
 
 
@@ -629,6 +631,7 @@ def number_or_none(text):
 
 
 def parse_command_line():
+    """The options, as argparse gives them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
