@@ -29,6 +29,7 @@ import ast
 import gzip
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -67,8 +68,7 @@ from accelerate.utils import (
 from huggingface_hub import EvalResult, HfApi, ModelCardData, errors, try_to_load_from_cache
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
-
-IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # torchrun and accelerate launch set RANK
+from transformers.utils import cached_file
 
 
 class UserError(Exception):
@@ -92,9 +92,26 @@ def printable(text):
     return "".join(characters)
 
 
+def is_main_process():
+    """Whether this process prints and writes for all of a run. Outside of one it does too: accelerate
+    knows of no processes then, and asking it would look for some."""
+    if not PartialState._shared_state:
+        return True
+    return PartialState().is_main_process
+
+
+def is_first_of_machine():
+    """Whether this process says for all of its machine what ended them."""
+    if PartialState._shared_state:
+        return PartialState().is_local_main_process
+    # They have not found each other yet: a launcher's variables tell.
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return is_alone or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def say(message):
     """Print once, however many processes there are, above a bar that stands."""
-    if IS_MAIN_PROCESS:
+    if is_main_process():
         tqdm.write(printable(message), file=sys.stdout)
         sys.stdout.flush()
 
@@ -677,7 +694,7 @@ def read_lines(path, digest):
         raise UserError(f"{path}: cannot be read: no regular file: save it as one")
     try:
         size = os.path.getsize(path)
-        is_silent = not (digest and IS_MAIN_PROCESS)
+        is_silent = not (digest and is_main_process())
         bar = tqdm(desc="Loading data", total=size, unit="B", unit_scale=True, disable=is_silent)
         with open(path, "rb") as raw, bar:
             is_gzip = raw.peek(2)[:2] == b"\x1f\x8b"
@@ -822,7 +839,11 @@ def check_rows(train_rows, eval_rows, middle):
 
 
 # ---- Model ---------------------------------------------------------------------------------------
-MICRO_BATCH_COST = {"cpu": 16, "cuda": 256, "mps": 256}  # of one more micro-batch, in padded tokens
+def micro_batch_cost(device):
+    """What one more micro-batch costs, in padded tokens."""
+    return 16 if device.type == "cpu" else 256
+
+
 
 
 def first_token_attention(self, hidden_states, attention_mask=None, *_, **__):
@@ -860,6 +881,65 @@ def first_token_only(model):
     attention.forward = partial(first_token_attention, attention)
 
 
+def all_tokens(model):
+    """Undo first_token_only()."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, partial) and forward.func is first_token_attention:
+            del module.forward
+
+
+# Short pairs of different lengths, in two scripts: what a model and its tokenizer make of them when
+# they are loaded tells whether they can be used.
+PROBES = [
+    ("怎么退款", "请在七天之内联系客服，说明订单号。"),
+    ("How long is the warranty?", "2 years."),
+    ("S35充不进电", "Wipe the contacts of the S35, then press it back. 请擦净触点，再试一次。" * 2),
+    ("Is it new", "Yes, it is: 2026."),
+]
+PROBE_LENGTH = 128  # tokens at most
+
+
+def require_no_head_in_modules(name, revision, local_files_only):
+    """UserError where sentence-transformers keeps part of a cross-encoder outside of the model
+    itself: a head in layers of their own, which transformers would leave out."""
+    files = {}
+    for file in ("modules.json", "config_sentence_transformers.json"):
+        path = cached_file(
+            name,
+            file,
+            revision=revision,
+            local_files_only=local_files_only,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        if path is None:
+            return
+        files[file] = json.loads(Path(path).read_text("utf-8"))
+
+    modules = [module["type"].rpartition(".")[2] for module in files["modules.json"]]
+    kind = files["config_sentence_transformers.json"].get("model_type")
+    if kind == "CrossEncoder" and modules != ["Transformer"]:
+        raise UserError(
+            f"{name} is a cross-encoder of sentence-transformers that computes its score in modules "
+            f"of theirs ({', '.join(modules)}): its trained head would be lost here. Fine-tune it "
+            "with sentence-transformers, or start from its encoder with a new head: a copy of the "
+            "folder without modules.json"
+        )
+
+
+def require_vocabulary(tokenizer):
+    """OSError where `tokenizer` knows nothing of PROBES: without its files, transformers 5 makes one
+    up that has special tokens alone."""
+    special = {*tokenizer.all_special_ids}
+    for text in np.ravel(PROBES).tolist():
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not special.issuperset(ids):
+            return
+    raise OSError("the files of its tokenizer are missing: it knows no token of ordinary texts")
+
+
 def load_pretrained(name, revision, trust_remote_code, local_files_only):
     """(model, its tokenizer, what transformers tells of the loading) of a folder or hub name."""
     options = {
@@ -867,10 +947,9 @@ def load_pretrained(name, revision, trust_remote_code, local_files_only):
         "trust_remote_code": trust_remote_code,
         "local_files_only": local_files_only,
     }
+    require_no_head_in_modules(name, revision, local_files_only)
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    # Without its files, transformers 5 makes one up that knows special tokens only.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise OSError("the files of its tokenizer are missing")
+    require_vocabulary(tokenizer)
 
     # With peft installed transformers looks for an adapter too, and 5.x asks the hub for it unless
     # told.
@@ -927,10 +1006,16 @@ def require_cross_encoder(name, model, tokenizer):
             f"{name} is no BERT-family encoder with a fast tokenizer, "
             f"but {model.config.model_type}."
         )
-    embeddings = model.get_input_embeddings().num_embeddings
-    if tokenizer.pad_token_id is None or len(tokenizer) > embeddings:
+    if tokenizer.pad_token_id is None:
         raise UserError(
-            f"{name} has another model's tokenizer: no padding, or more tokens than embeddings"
+            f"{name} has no padding token, which batches need, as is usual for decoders: name one "
+            "of its vocabulary as pad_token in tokenizer_config.json"
+        )
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise UserError(
+            f"{name} has another model's tokenizer: it has {len(tokenizer)} tokens, and the model "
+            f"{embeddings} embeddings"
         )
 
 
@@ -944,12 +1029,100 @@ def weights_drawn_at_random(name, model, info):
 
     encoder = f"{model.base_model_prefix}."
     lost = [key for key in names if key.startswith(encoder) and "pooler" not in key]
-    lost += [key for key in sorted(info["unexpected_keys"]) if ".layer." in key]
+    # Of a layer for which the config has no room: the model has the same weight under other numbers.
+    known = {without_numbers(key) for key in model.state_dict()}
+    for key in sorted(info["unexpected_keys"]):
+        is_numbered = without_numbers(key) != key
+        if is_numbered and known & {without_numbers(key), without_numbers(encoder + key)}:
+            lost.append(key)
     if lost:
         raise UserError(
             f"{name} or its config.json lacks {len(lost)} weights of its encoder: {lost[0]} …"
         )
     return names
+
+
+def without_numbers(key):
+    """The name of a weight without the number of its layer."""
+    return re.sub(r"\.\d+\.", ".N.", key)
+
+
+def drop_unknown_inputs(model, tokenizer):
+    """Let `tokenizer` make no segment ids for a `model` that knows none, or one segment only, and
+    name in the config what a decoder finds the end of a text by."""
+    segments = 0
+    if "token_type_ids" in inspect.signature(model.forward).parameters:
+        segments = 2
+    for name, module in model.named_modules():
+        if name.endswith("token_type_embeddings") and isinstance(module, torch.nn.Embedding):
+            segments = module.num_embeddings
+    if segments < 2:
+        names = tokenizer.model_input_names
+        tokenizer.model_input_names = [name for name in names if name != "token_type_ids"]
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def require_same_scores(name, reranker):
+    """UserError where `reranker` scores PROBES in a batch otherwise than transformers does one by
+    one, beyond rounding. The short cut of the last layer is given up where it is what differs."""
+    try:
+        expected = plain_logits(reranker)
+        first_token_only(reranker.model)
+        if agrees(probe_logits(reranker, len(PROBES)), expected):
+            return
+        all_tokens(reranker.model)
+        in_a_batch = probe_logits(reranker, len(PROBES))
+        one_by_one = probe_logits(reranker, 1)
+    except Exception as error:  # whatever code and weights of a checkpoint come to
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        raise UserError(f"{name} cannot score pairs of texts: {reason}") from error
+    if agrees(in_a_batch, expected):
+        return
+
+    scored, cause = one_by_one, "its tokens or segments are made in another way"
+    if agrees(one_by_one, expected):
+        scored, cause = in_a_batch, "padding, or chance, changes what it computes"
+    worst = (scored - expected).abs().argmax()
+    raise UserError(
+        f"{name} ({reranker.model.config.model_type}) cannot be used: {cause}. "
+        f"A pair has the score {scored[worst]:.4f} here and {expected[worst]:.4f} in transformers"
+    )
+
+
+def plain_logits(reranker):
+    """Logits [P] of PROBES as transformers gives them for one pair at a time."""
+    query_format, document_format = reranker.formats
+    max_len = min(reranker.max_len, PROBE_LENGTH)
+    logits = []
+    for query, document in PROBES:
+        tokens = reranker.tokenizer(
+            query_format.replace("{}", query),
+            document_format.replace("{}", document),
+            truncation="only_second",
+            max_length=max_len,
+            return_tensors="pt",
+        )
+        with torch.inference_mode():
+            logits.append(reranker.model(**tokens.to(reranker.model.device)).logits)
+    return torch.cat(logits).flatten().float()
+
+
+def probe_logits(reranker, batch_size):
+    """Logits [P] of PROBES as `reranker` gives them, padded in batches of `batch_size`."""
+    encoded = list(reranker.encode(PROBES, min(reranker.max_len, PROBE_LENGTH)))
+    batches = np.split(np.arange(len(PROBES)), len(PROBES) // batch_size)
+    return torch.cat(list(reranker.score_batches(encoded, batches)))
+
+
+def agrees(logits, expected):
+    """Whether logits [P] are those expected, but for rounding."""
+    # A caller may have let PyTorch multiply in less than fp32: what it then rounds is measured.
+    matrix = torch.linspace(-1, 1, 64 * 64, device=logits.device).view(64, 64)
+    exact = matrix.double() @ matrix.double()
+    rounding = ((matrix @ matrix - exact).abs().max() / exact.abs().max()).item()
+    tolerance = max(1e-4, 5 * rounding) * expected.nan_to_num().abs().max().item()
+    return torch.allclose(logits, expected, rtol=0, atol=tolerance, equal_nan=True)
 
 
 class BertRerankerModel(torch.nn.Module):
@@ -965,7 +1138,6 @@ class BertRerankerModel(torch.nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.new_weights = new_weights
-        first_token_only(model)
 
     @classmethod
     def from_pretrained(
@@ -985,8 +1157,11 @@ class BertRerankerModel(torch.nn.Module):
 
         require_cross_encoder(name, model, tokenizer)
         new_weights = weights_drawn_at_random(name, model, info)
+        drop_unknown_inputs(model, tokenizer)
         # A checkpoint in fp16 is trained in fp32 too.
-        return cls(model.float(), tokenizer, new_weights)
+        reranker = cls(model.float(), tokenizer, new_weights)
+        require_same_scores(name, reranker)
+        return reranker
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model (safetensors) and tokenizer as transformers does; the inverse of
@@ -1085,7 +1260,7 @@ class BertRerankerModel(torch.nn.Module):
         """The micro-batches, index arrays into N encoded pairs, of at most `max_tokens` padded
         tokens each."""
         lengths = np.array([len(ids) for ids, *_ in encoded], dtype=np.int64)
-        [micro_batches] = plan_window(lengths, max_tokens, MICRO_BATCH_COST[self.model.device.type])
+        [micro_batches] = plan_window(lengths, max_tokens, micro_batch_cost(self.model.device))
         return micro_batches
 
     @torch.inference_mode()
@@ -1249,7 +1424,7 @@ class RerankDataset:
             model.encode(self.pairs(), self.args["max_len"]),
             desc=f"Tokenizing {name} data",
             total=count,
-            disable=not (IS_MAIN_PROCESS and count),
+            disable=not (is_main_process() and count),
         )
         with whole_file(self.cache) as file:
             for number, (ids, boundary, cut) in enumerate(encoded):
@@ -1621,11 +1796,12 @@ class Candidate:
     step: int  # 0: the base
     epoch: int
     base_interpolation: float  # share of the base
-    scores: torch.Tensor  # logits [N] of the eval rows, float64
+    scores: torch.Tensor | None  # logits [N] of the eval rows, float64; None: no longer needed
     # Of weights or scores that are not finite there are no values:
     metrics: dict = field(default_factory=lambda: dict.fromkeys(METRICS))
     values: torch.Tensor | None = None  # [V], those of metric_values()
     quality: float = -math.inf  # their mean, rounded lest noise decides which candidate is best
+    has_new_head: bool = False  # whether its head was drawn at random and never trained
     logged: dict = field(default_factory=dict)  # scalars, by name
 
 
@@ -1720,14 +1896,44 @@ def any_process(accelerator, is_so):
 MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 4096}
 
 
+# What a launcher tells a process of itself and the others.
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
 def start_processes():
-    """Let accelerate find the processes and the device of this run."""
+    """Let accelerate find the processes and the device of this run. UserError where it cannot, or
+    finds fewer than a launcher has announced: each would train alone, and all write to one folder.
+    """
     # That of an earlier train(), as in a notebook, goes.
     AcceleratorState._reset_state(reset_partial_state=True)
     # Unless told, accelerate overlooks the other CPU processes.
     is_cpu = not torch.accelerator.is_available()
     one_day = timedelta(days=1)  # others wait while one tokenises or saves
-    PartialState(cpu=is_cpu, timeout=one_day)
+    try:
+        announced = int(os.environ.get("WORLD_SIZE") or 1)
+        count = PartialState(cpu=is_cpu, timeout=one_day).num_processes
+    except (ValueError, RuntimeError) as error:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        raise UserError(launch_advice(f"the processes cannot start: {error}"), 2) from error
+
+    if torch.distributed.is_initialized():
+        announced = torch.distributed.get_world_size()
+    if count != announced:
+        raise UserError(launch_advice(f"{announced} processes are announced, {count} found"), 2)
+
+
+def launch_advice(problem):
+    """What a user is told where the environment is that of a launcher, but not all of it."""
+    variables = []
+    for name in LAUNCHER_VARIABLES:
+        if name in os.environ:
+            variables.append(f"{name}={os.environ[name]}")
+    return (
+        f"{problem}.\n"
+        f"The environment has {', '.join(variables) or 'none of the variables of a launcher'}.\n"
+        "  one process:      unset them (env -u RANK -u WORLD_SIZE -u LOCAL_RANK python …)\n"
+        "  several of them:  torchrun or accelerate launch, which set them all (docs/scaling.md)"
+    )
 
 
 def mention_idle_gpus():
@@ -1759,10 +1965,12 @@ def prepare(args, run_dir, checkpoint_folder):
     metric = choose_metric(eval_data, args)
     if args["freeze_embeddings"]:
         model.model.get_input_embeddings().requires_grad_(False)
+    if args["epochs"]:
+        freeze_weights_without_gradient(model)
     if args["gradient_checkpointing"]:
         keep_few_activations(model.model)
 
-    if IS_MAIN_PROCESS and args["epochs"]:
+    if is_main_process() and args["epochs"]:
         remove_stale_caches(train_data.cache, eval_data.cache)
         claim_run_folder(run_dir, checkpoint, args)
         require_space_for_run(run_dir, model, args)
@@ -1859,6 +2067,7 @@ def record_of(args, identity, data_sha256):
         "versions": {package: version(package) for package in packages},
         "hardware": f"{platform.platform()}, {device}",
         "git_revision": git_revision(),
+        "script_sha256": script_sha256(),
     }
 
 
@@ -1878,6 +2087,13 @@ def git_revision():
     folder = str(Path(__file__).resolve().parent)
     command = ["git", "-C", folder, "rev-parse", "--verify", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def script_sha256():
+    """A checksum of this script down to main(), whose settings are compared one by one: what a run
+    computes with."""
+    lines, start = inspect.findsource(main)
+    return hashlib.sha256("".join(lines[:start]).encode()).hexdigest()
 
 
 def language_of(texts):
@@ -1916,8 +2132,32 @@ def choose_metric(eval_data, args):
     return None
 
 
+def freeze_weights_without_gradient(model):
+    """Freeze what no score depends on, such as the embedding of a mask: DDP would wait for its
+    gradient."""
+    logits = model.eval()(model.preprocess(PROBES[:1], model.max_len))["logits"]
+    reached, functions = set(), {logits.grad_fn}
+    while functions:  # from the logits back to the leaves of autograd's graph
+        function = functions.pop()
+        reached.add(function)
+        inputs = {each for each, _ in function.next_functions}
+        functions |= inputs - reached - {None}
+
+    weights = {function.variable for function in reached if hasattr(function, "variable")}
+    for weight in model.parameters():
+        if weight not in weights:
+            weight.requires_grad_(False)
+
+
 def keep_few_activations(model):
-    """Let `model` compute activations again in the backward rather than keep them."""
+    """Let `model` compute activations again in the backward rather than keep them; UserError where
+    its architecture has no such thing."""
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"gradient_checkpointing: transformers has none for {model.config.model_type} models: "
+            "leave it False",
+            2,
+        )
     name_of_4 = model.gradient_checkpointing_enable  # transformers 5.2x deprecates it
     enable = getattr(model, "activation_checkpointing_enable", name_of_4)
     enable({"use_reentrant": False})
@@ -2044,9 +2284,17 @@ def largest_micro_batch(run):
     if device.type in MICRO_BATCH_TOKENS:
         return MICRO_BATCH_TOKENS[device.type]
 
-    _, memory = torch.cuda.mem_get_info()
+    free, memory = torch.cuda.mem_get_info()
     optimizer_state = 2 * bytes_of(trained_weights(run.model).values())  # two moments
-    spare = torch.empty(optimizer_state + memory // 10, dtype=torch.uint8, device=device)
+    needed = optimizer_state + memory // 10
+    reserve = partial(torch.empty, needed, dtype=torch.uint8, device=device)
+    spare, is_done = unless_out_of_memory(reserve)
+    if not is_done:
+        raise UserError(
+            f"the GPU has no room for the optimizer: {needed / 1e9:.1f} GB are needed beside the "
+            f"weights, and {free / 1e9:.1f} of {memory / 1e9:.1f} GB are free: end what else runs "
+            "there, take a smaller model, or try --freeze_embeddings true"
+        )
 
     lengths = run.train_data.lengths
     window = np.full(run.samples_per_step, lengths.argmax())
@@ -2087,11 +2335,13 @@ def evaluate(run, step=0, base_interpolation=0.0):
     where a stop request cut it short. Weights or scores that are not finite are a UserError at step
     0."""
     args, dataset = run.args, run.eval_data
-    logits = score_together(run, dataset, run.progress.max_tokens, IS_MAIN_PROCESS)
+    logits = score_together(run, dataset, run.progress.max_tokens, is_main_process())
     if logits is None:
         return None
     scores = logits.cpu().double()
     candidate = Candidate(step, run.epoch_of(step), base_interpolation, scores)
+    if step == 0:
+        candidate.has_new_head = len(run.model.new_weights) > 0
     title = f"Step {step}, epoch {candidate.epoch}" if step else args["model_name_or_path"]
     if base_interpolation:
         title += f", mixed with {base_interpolation:.0%} of the base"
@@ -2167,7 +2417,7 @@ def save_checkpoint(run):
     progress = run.progress
     accelerator = run.accelerator
     row_sums = accelerator.reduce(progress.row_sums.to(accelerator.device), "sum").cpu()
-    if not IS_MAIN_PROCESS or not has_finite_weights(run.model):
+    if not is_main_process() or not has_finite_weights(run.model):
         return
 
     weights = trained_weights(run.model)
@@ -2186,17 +2436,19 @@ def save_checkpoint(run):
     }
     folder = run.folder / f"checkpoint-{progress.step:08}"
     best = run.folder / f"best_weights-{progress.best_step:08}.pt"
-    size = 3 * bytes_of(weights.values())  # AdamW's state is twice the weights
+    size = 0
     files = {}
     if run.best_weights and not best.exists():
         files[best] = run.best_weights
         size += bytes_of(weights.values())
     if not (folder / "state.pt").exists():
         files[folder / "state.pt"] = state
+        size += 3 * bytes_of(weights.values())  # AdamW's state is twice the weights
 
     limit = run.args["save_total_limit"]
     keep_newest(run.folder, limit)  # more may be there, where a resumed run has another limit
-    require_space(run.folder, size, folder.name)
+    if files:
+        require_space(run.folder, size, folder.name)
     try:
         for path, content in files.items():
             with whole_file(path) as file:
@@ -2238,7 +2490,7 @@ def load_checkpoint(folder, args, identity, record):
         )
 
     # All that may differ, and where it runs.
-    environment = ("processes", "precision", "versions", "hardware")
+    environment = ("processes", "precision", "versions", "hardware", "script_sha256")
     now = {**args, **{key: record[key] for key in environment}}
     now["resume_from_checkpoint"] = checkpoint.args["resume_from_checkpoint"]
     differences = changes({**checkpoint.record, **checkpoint.args}, now)
@@ -2262,7 +2514,7 @@ def restore(run):
 
     progress = run.progress
     # The checkpoint has those of all processes, and they are summed up again.
-    if not IS_MAIN_PROCESS:
+    if not is_main_process():
         progress.row_sums.zero_()
     scalars = {candidate.step: dict(candidate.logged) for candidate in progress.candidates}
     for step, _, loss, lr, grad_norm in progress.history:
@@ -2361,7 +2613,7 @@ def train_window(run, window, seed):
     halve the bound and do the window again, but not where they wait for each other already."""
     accelerator, progress = run.accelerator, run.progress
     lengths = run.train_data.lengths[window]
-    batch_cost = MICRO_BATCH_COST[accelerator.device.type]
+    batch_cost = micro_batch_cost(accelerator.device)
     run.model.train()
     while True:
         torch.manual_seed(seed)
@@ -2422,6 +2674,8 @@ def train_step(run, window):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
+    elif accelerator.scaler is not None:
+        accelerator.scaler.update()  # of a step that is left out, which clipping has begun
     optimizer.zero_grad()
 
     progress.step = step
@@ -2476,10 +2730,46 @@ def report_bad_step(run, window, suspects):
 
 
 # ---- Training ------------------------------------------------------------------------------------
+FEWEST_ROWS = 100  # from whose loss it can be told whether anything is learnt
+
+
+def head_bias(model):
+    """(name, parameter [1]) of the bias of the head of a BertRerankerModel; None where it has none."""
+    biases = []
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") and parameter.numel() == 1:
+            biases.append((name, parameter))
+    return biases[-1] if biases else None
+
+
 def fit_bias(run):
-    """Where the logits of 256 training rows stand over 2 off the labels as a whole, as after a
-    listwise loss, shift the head's bias, which changes no ranking, lest the first steps' gradient
-    go into it."""
+    """Bring the head's bias to the labels, lest the first steps' gradient go into it, and a loss that
+    is low for a constant answer hold training there. It changes no ranking."""
+    named_bias = head_bias(run.model)
+    if named_bias is None:
+        return
+    name, bias = named_bias
+    is_new = name.removeprefix("model.") in run.model.new_weights
+    labels = run.train_data.labels
+    if is_new:
+        log_odds = torch.logit(labels.double().mean(), eps=0.5 / len(labels)).item()
+        say(f"The new head starts at the log-odds of the labels, {log_odds:+.1f}.")
+        shift = log_odds - bias.item()
+    else:
+        shift = shift_to_labels(run)
+        if not abs(shift) > 2:  # NaN as well
+            return
+        say(
+            f"The logits stand {-shift:+.1f} off the labels: "
+            "the head's bias is shifted by as much before training."
+        )
+    run.unshifted_bias = {name: bias.detach().clone()}
+    bias.data += shift
+
+
+def shift_to_labels(run):
+    """What brings the logits of 256 training rows to the labels as a whole: they stand off after a
+    listwise loss."""
     dataset = run.train_data
     stride = math.ceil(len(dataset) / 256)
     sample = [dataset[row] for row in range(0, len(dataset), stride)]
@@ -2490,21 +2780,7 @@ def fit_bias(run):
     shifts = torch.arange(-100, 100, 0.1).double() - logits.median()
     means = (logits[:, None] + shifts).sigmoid().mean(0)
     target = dataset.labels[::stride].mean().clamp(0.01, 0.99)
-    shift = shifts[(means - target).abs().argmin()].item()
-
-    biases = []
-    for name, parameter in run.model.named_parameters():
-        if name.endswith("bias") and parameter.numel() == 1:
-            biases.append((name, parameter))
-    if not biases or not abs(shift) > 2:  # NaN as well
-        return
-    name, bias = biases[-1]
-    say(
-        f"The logits stand {-shift:+.1f} off the labels: "
-        "the head's bias is shifted by as much before training."
-    )
-    run.unshifted_bias = {name: bias.detach().clone()}
-    bias.data += shift
+    return shifts[(means - target).abs().argmin()].item()
 
 
 def set_weights(model, weights, base_interpolation):
@@ -2548,7 +2824,7 @@ def fine_tune(run):
         desc="Training",
         total=run.total_steps,
         initial=progress.step,
-        disable=not IS_MAIN_PROCESS,
+        disable=not is_main_process(),
     )
     with run.stop.noted(), bar:
         if progress.step:  # a checkpoint's, which was saved before it was evaluated
@@ -2562,6 +2838,7 @@ def fine_tune(run):
 
             if is_asked_to_stop:
                 stop_with_checkpoint(run)
+            warn_if_nothing_is_learnt(run)
             save_if_due(run)
             evaluate_if_due(run)
             show_progress(run, bar, pairs / seconds)
@@ -2578,6 +2855,29 @@ def fine_tune(run):
     evaluate_mixtures(run)
     row_sums = progress.row_sums.to(run.accelerator.device)
     progress.row_sums = run.accelerator.reduce(row_sums, "sum").cpu()
+
+
+def warn_if_nothing_is_learnt(run):
+    """After a third of the steps, say where the loss of the last half of these is still that of a
+    constant answer, the mean label."""
+    step = run.progress.step
+    if step != run.total_steps // 3:
+        return
+    first = step // 2
+    windows = list(islice(windows_from(run, first + 1), step - first))
+    rows = np.concatenate(windows)
+    losses = [loss for _, _, loss, *_ in run.progress.history[first:]]
+    loss = np.average(losses, weights=[len(window) for window in windows])
+    labels = run.train_data.labels
+    constant = labels.mean().expand(len(rows))
+    loss_of_constant = torch.nn.functional.binary_cross_entropy(constant, labels[rows]).item()
+    if len(rows) >= FEWEST_ROWS and loss > 0.97 * loss_of_constant > 0:
+        say(
+            f"Warning: after {step} of {run.total_steps} steps the loss, {loss:.4f}, is still that of "
+            f"a constant answer, {loss_of_constant:.4f}: nothing has been learnt yet. If evaluations "
+            f"do not rise either, try a higher lr than {run.args['lr']}, more epochs, fewer "
+            "irrelevant rows for each relevant one, or a base with a trained head."
+        )
 
 
 def stop_with_checkpoint(run):
@@ -2623,6 +2923,7 @@ def add_candidate(run, candidate):
     progress = run.progress
     earlier = progress.candidates[1:]
     progress.candidates.append(candidate)
+    drop_scores(progress.candidates, run.args)
     if all(candidate.quality > other.quality for other in earlier):
         progress.best_step = candidate.step
         run.best_weights = None  # the former go before the new ones come
@@ -2662,6 +2963,30 @@ def evaluate_mixtures(run):
         set_weights(run.model, (run.best_weights, run.base_weights), share)
         candidate = evaluate(run, run.progress.best_step, share)
         run.progress.candidates.append(candidate)
+        drop_scores(run.progress.candidates, run.args)
+
+
+def drop_scores(candidates, args):
+    """Let go of the scores of all candidates but the base and the best: no result is made of them.
+    """
+    base, *_ = candidates
+    best, _ = best_of(candidates, args)
+    for candidate in candidates:
+        if candidate is not best and candidate is not base:
+            candidate.scores = None
+
+
+def best_of(candidates, args):
+    """Of candidates, the base first: the best fine-tuned one, and all that it was chosen from. Both
+    are the base where no fine-tuned one has finite scores."""
+    base, *tuned = candidates
+    if not args["load_best_model_at_end"]:
+        tuned = tuned[-1:]
+    tuned = [candidate for candidate in tuned if candidate.quality > -math.inf]
+    if not tuned:
+        tuned = [base]
+    # The first of equals, so the less mixed.
+    return max(tuned, key=lambda candidate: candidate.quality), tuned
 
 
 # ---- Verdict -------------------------------------------------------------------------------------
@@ -2739,14 +3064,8 @@ def judge(candidates, dataset, metric, args):
     """Of the candidates, the base first: the report that eval_report.json holds, the best
     fine-tuned one, and what goes into final_model: it, or the base if it ranks below that on
     average over 20 or more queries."""
-    base, *tuned = candidates
-    if not args["load_best_model_at_end"]:
-        tuned = tuned[-1:]
-    tuned = [candidate for candidate in tuned if candidate.quality > -math.inf]
-    if not tuned:
-        tuned = [base]
-    # The first of equals, so the less mixed.
-    best = max(tuned, key=lambda candidate: candidate.quality)
+    base = candidates[0]
+    best, tuned = best_of(candidates, args)
 
     labels = dataset.labels.numpy()
     queries = len(dataset.lists[metric])
@@ -2787,6 +3106,7 @@ def judge(candidates, dataset, metric, args):
         "threshold": threshold_of(kept, labels),
         "history": history,
         "chosen": chosen,
+        "base_has_new_head": base.has_new_head,
     }
     return report, best, kept
 
@@ -2827,8 +3147,8 @@ def verdict_text(report, args):
     chosen = report["chosen"]
     if chosen == "base":
         lines.append(
-            f"!!! FINE-TUNING DID NOT HELP !!! final_model holds {args['model_name_or_path']} with "
-            "unchanged weights; the fine-tuned ones, in fine_tuned_model, rank these queries worse."
+            f"!!! FINE-TUNING DID NOT HELP !!! final_model holds {base_name(args)} with unchanged "
+            "weights; the fine-tuned ones, in fine_tuned_model, rank these queries worse."
         )
     else:
         share = f"{chosen['base_interpolation']:.0%}"
@@ -2855,8 +3175,20 @@ def verdict_text(report, args):
         ),
     }[report["verdict"]]
     lines.append(f"Verdict: {verdict}. {evidence_text(report)}.")
+    if report["base_has_new_head"]:
+        lines.append(
+            "The base could not rank: its head was drawn at random. What is better than chance need "
+            "not be good: compare it with a trained reranker "
+            "(--epochs 0 --model_name_or_path BAAI/bge-reranker-base)."
+        )
     lines.append(f"Next: {advice}.")
     return "\n".join(lines)
+
+
+def base_name(args):
+    """The base as others may read it: its name on the hub, or that of its folder without the path."""
+    name = args["model_name_or_path"]
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def evidence_text(report):
@@ -2907,7 +3239,9 @@ def conclude(run):
         candidates = run.progress.candidates
         report, best, kept = judge(candidates, run.eval_data, run.metric, run.args)
         outcome = Outcome(report, best, kept, verdict_text(report, run.args))
-        numbers = {"eval/delta": report["delta"]["mean"] or 0.0}
+        numbers = {}
+        if report["delta"]["mean"] is not None:
+            numbers["eval/delta"] = report["delta"]["mean"]
         for key, value in kept.metrics.items():
             if value is not None:
                 numbers[f"eval/after/{key}"] = value
@@ -3127,7 +3461,7 @@ def write_model_card(run, outcome):
     """Write README.md: metadata as the hub reads it, the verdict, use in four libraries, settings.
     It names no path."""
     args, report = run.args, outcome.report
-    name = args["model_name_or_path"]
+    name = base_name(args)
     title = Path(name).name + (", unchanged" if outcome.is_base else ", fine-tuned")
     results = None
     if report:
@@ -3138,7 +3472,7 @@ def write_model_card(run, outcome):
                 results.append(EvalResult("text-ranking", "custom", dataset, key, round(value, 4)))
     metadata = ModelCardData(
         language=run.record["language"],
-        base_model=None if Path(name).is_dir() else name,
+        base_model=None if Path(args["model_name_or_path"]).is_dir() else name,
         pipeline_tag="text-ranking",
         library_name="sentence-transformers",
         model_name=title,
@@ -3180,7 +3514,7 @@ def log_outcome(run, text):
     run.accelerator.log({"verdict": "\n".join(lines)}, step=step)
 
     images = {}  # [1, height, width, RGB]
-    if IS_MAIN_PROCESS:
+    if is_main_process():
         for path in run.folder.glob("*.png"):
             images[path.stem] = imread(path)[None, ..., :3]
     for tracker in run.accelerator.trackers:
@@ -3214,9 +3548,9 @@ def train(args: dict) -> dict:
     evaluate alone. Returns what run.json holds (not with 0 epochs) and, as "report", what
     eval_report.json holds (None without evaluation)."""
     args = check_settings(args)
-    say(f"Training Args: {args}")
     seed_everything(args["seed"])
     start_processes()
+    say(f"Training Args: {args}")
     run_dir = Path(args["output_dir"], "unfinished_run" if args["epochs"] else "evaluation")
     ended_run, checkpoint_folder = find_beginning(args, run_dir)
     if ended_run:
@@ -3237,7 +3571,7 @@ def train(args: dict) -> dict:
 
     say("Training finished! Saving model ...")
     outcome = conclude(run)
-    if IS_MAIN_PROCESS:
+    if is_main_process():
         write_results(run, outcome)
     log_outcome(run, outcome.text)
     say("Model saved successfully!")
@@ -3254,7 +3588,7 @@ def train(args: dict) -> dict:
         "peak_memory_bytes": peak_memory(run.accelerator.device),
     }
     end_run(run)
-    if IS_MAIN_PROCESS:
+    if is_main_process():
         flush_to_disk(*run_dir.rglob("*"), run_dir)
         with whole_file(run_dir / "run.json") as file:  # from here on the run is complete
             file.write(json.dumps(record, indent=2, ensure_ascii=False).encode())
@@ -3269,7 +3603,7 @@ def find_beginning(args, run_dir):
     as the main process finds them. UserError where this run could not write, or something would be
     lost."""
     beginning = (None, None)
-    if IS_MAIN_PROCESS:
+    if is_main_process():
         require_writable(run_dir)
         if args["epochs"]:
             publish(run_dir)
@@ -3294,9 +3628,10 @@ def report_base(run):
     written and said."""
     [base] = run.progress.candidates
     report, *_ = judge([base], run.eval_data, run.metric, run.args)
-    if IS_MAIN_PROCESS:
+    if is_main_process():
         scores = {"the model as it is": base.scores}
         write_evaluation(run.folder, run.eval_data, report, scores)
+    end_run(run)
     say(verdict_text(report, run.args))
     return {"report": report}
 
@@ -3350,13 +3685,13 @@ def main():
         train({**args, **parse_command_line(sys.argv[1:])})
     except (UserError, OSError) as error:  # a full disk, a folder without permission
         status = getattr(error, "exit_status", 1)
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
+        if is_first_of_machine():
             is_stopped = status >= 128  # by a signal, which is no error
             print(printable(error) if is_stopped else f"Error: {printable(error)}", file=sys.stderr)
         sys.exit(status)
     except RuntimeError as error:
         # gloo says "Connection closed by peer", or reset, where another process has gone.
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "by peer" not in str(error):
+        if "by peer" not in str(error) or PartialState().num_processes == 1:
             raise
         sys.exit(f"Error: another process of this run has ended: {error}\n{CHOICES}")
 

@@ -242,8 +242,8 @@ def plan_epoch(lengths, samples_per_step, max_tokens, processes):
     """Plan an epoch as train() does; returns the number of micro-batches."""
     import torch
 
-    from train_bert_rerank import MICRO_BATCH_COST, epoch_windows, plan_window
-    plans = (plan_window(lengths[window], max_tokens, MICRO_BATCH_COST["cuda"], processes)
+    from train_bert_rerank import epoch_windows, micro_batch_cost, plan_window
+    plans = (plan_window(lengths[window], max_tokens, micro_batch_cost(torch.device("cuda")), processes)
              for window in epoch_windows(len(lengths), samples_per_step, torch.Generator().manual_seed(0)))
     return sum(len(micro_batches) for plan in plans for micro_batches in plan)
 

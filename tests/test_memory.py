@@ -247,7 +247,9 @@ def test_gradient_checkpointing_gives_the_same_bits(settings, monkeypatch):
         computed.clear()
         weights.append((weights_of(settings, gradient_checkpointing=checkpointing)[1], sum(computed)))
     assert_equal(weights[0][0], weights[1][0])
-    assert weights[1][1] == 2 * weights[0][1], "each layer is computed once more"
+    for_preparation = 1  # what gets a gradient is looked at once, before training, in a model of one layer
+    computed_in_training = [count - for_preparation for _, count in weights]
+    assert computed_in_training[1] == 2 * computed_in_training[0] > 0, "each layer is computed once more"
 
 
 def test_frozen_word_embeddings_stay_and_cost_no_gradient_and_no_optimizer_state(

@@ -323,7 +323,7 @@ def test_the_report_is_strict_json_of_the_promised_keys(labels, sizes, metric, n
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert set(report) == {
         "dataset", "queries", "queries_left_out", "metric", "before", "after", "fine_tuned", "delta", "verdict",
-        "threshold", "history", "chosen",
+        "threshold", "history", "chosen", "base_has_new_head",
     }  # fmt: skip
     keys = {"ndcg@10", "mrr@10", "map", "hit@1", "average_precision", "best_f1"}
     assert set(METRICS) == keys

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-from train_bert_rerank import MICRO_BATCH_COST, BertRerankerModel, cut_window, epoch_windows, plan_window, read_rows
+from train_bert_rerank import BertRerankerModel, cut_window, epoch_windows, micro_batch_cost, plan_window, read_rows
 
 GENERATOR = np.random.default_rng(0)
 
@@ -100,7 +100,7 @@ def realistic_lengths(kind):
 @pytest.mark.parametrize("kind", ["abstracts", "default data"])
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (2, 8), (8, 8)])
 def test_four_processes_do_the_work_of_at_least_three_point_six(kind, batch_size, accumulation):
-    costs = {"max_tokens": batch_size * 512, "batch_cost": MICRO_BATCH_COST["cpu"]}
+    costs = {"max_tokens": batch_size * 512, "batch_cost": micro_batch_cost(torch.device("cpu"))}
     alone = together = bound = 0
     for _ in range(40):
         lengths = GENERATOR.choice(realistic_lengths(kind), 4 * batch_size * accumulation)
