@@ -897,7 +897,6 @@ PROBES = [
     ("S35充不进电", "Wipe the contacts of the S35, then press it back. 请擦净触点，再试一次。" * 2),
     ("Is it new", "Yes, it is: 2026."),
 ]
-PROBE_LENGTH = 128  # tokens at most
 
 
 def require_no_head_in_modules(name, revision, local_files_only):
@@ -1011,7 +1010,7 @@ def require_cross_encoder(name, model, tokenizer):
             f"{name} has no padding token, which batches need, as is usual for decoders: name one "
             "of its vocabulary as pad_token in tokenizer_config.json"
         )
-    embeddings = model.get_input_embeddings().num_embeddings
+    embeddings = len(model.get_input_embeddings().weight)
     if len(tokenizer) > embeddings:
         raise UserError(
             f"{name} has another model's tokenizer: it has {len(tokenizer)} tokens, and the model "
@@ -1067,13 +1066,14 @@ def require_same_scores(name, reranker):
     """UserError where `reranker` scores PROBES in a batch otherwise than transformers does one by
     one, beyond rounding. The short cut of the last layer is given up where it is what differs."""
     try:
-        expected = plain_logits(reranker)
+        pairs, encoded = probes_of(reranker)
+        expected = plain_logits(reranker, pairs)
         first_token_only(reranker.model)
-        if agrees(probe_logits(reranker, len(PROBES)), expected):
+        if agrees(probe_logits(reranker, encoded, len(pairs)), expected):
             return
         all_tokens(reranker.model)
-        in_a_batch = probe_logits(reranker, len(PROBES))
-        one_by_one = probe_logits(reranker, 1)
+        in_a_batch = probe_logits(reranker, encoded, len(pairs))
+        one_by_one = probe_logits(reranker, encoded, 1)
     except Exception as error:  # whatever code and weights of a checkpoint come to
         reason = f"{type(error).__name__}: {str(error)[:300]}"
         raise UserError(f"{name} cannot score pairs of texts: {reason}") from error
@@ -1090,17 +1090,27 @@ def require_same_scores(name, reranker):
     )
 
 
-def plain_logits(reranker):
-    """Logits [P] of PROBES as transformers gives them for one pair at a time."""
+def probes_of(reranker):
+    """The P pairs of PROBES that the model can take whole, and what it encodes them to."""
+    pairs, encoded = [], []
+    for pair, encoding in zip(PROBES, reranker.encode(PROBES, reranker.max_len), strict=True):
+        *_, cut = encoding
+        if cut == 0:
+            pairs.append(pair)
+            encoded.append(encoding)
+    if not pairs:
+        raise ValueError(f"it takes {reranker.max_len} tokens, which is too few for a pair")
+    return pairs, encoded
+
+
+def plain_logits(reranker, pairs):
+    """Logits [P] of P pairs as transformers gives them, one at a time."""
     query_format, document_format = reranker.formats
-    max_len = min(reranker.max_len, PROBE_LENGTH)
     logits = []
-    for query, document in PROBES:
+    for query, document in pairs:
         tokens = reranker.tokenizer(
             query_format.replace("{}", query),
             document_format.replace("{}", document),
-            truncation="only_second",
-            max_length=max_len,
             return_tensors="pt",
         )
         with torch.inference_mode():
@@ -1108,10 +1118,9 @@ def plain_logits(reranker):
     return torch.cat(logits).flatten().float()
 
 
-def probe_logits(reranker, batch_size):
-    """Logits [P] of PROBES as `reranker` gives them, padded in batches of `batch_size`."""
-    encoded = list(reranker.encode(PROBES, min(reranker.max_len, PROBE_LENGTH)))
-    batches = np.split(np.arange(len(PROBES)), len(PROBES) // batch_size)
+def probe_logits(reranker, encoded, batch_size):
+    """Logits [P] of P encoded pairs as `reranker` gives them, padded in batches of `batch_size`."""
+    batches = np.split(np.arange(len(encoded)), len(encoded) // batch_size)
     return torch.cat(list(reranker.score_batches(encoded, batches)))
 
 
@@ -1168,22 +1177,29 @@ class BertRerankerModel(torch.nn.Module):
         from_pretrained."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        # transformers 5 names the tokenizer's class in a way that servers with transformers 4 do
-        # not know.
+        # Servers often have transformers 4: it does not know the class of a tokenizer that
+        # transformers 5 names, and asks that one for segment ids unless it is told what is wanted.
         path = Path(folder, "tokenizer_config.json")
-        config = path.read_text("utf-8")
-        path.write_text(config.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), "utf-8")
+        config = json.loads(path.read_text("utf-8"))
+        config["model_input_names"] = list(self.tokenizer.model_input_names)
+        if config["tokenizer_class"] == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
     @property
     def max_len(self) -> int:
         """Tokens that a pair may have, special tokens included (of XLM-R's 514 positions 512 are
         usable)."""
-        limit = min(int(self.tokenizer.model_max_length), 10**9)
+        limits = [int(self.tokenizer.model_max_length), 10**9]
         for name, module in self.model.named_modules():
-            if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            kind = name.rpartition(".")[2]
+            is_table = "position" in kind or kind == "wpe"  # the latter is GPT-2's
+            if is_table and isinstance(module, torch.nn.Embedding):
                 reserved = 0 if module.padding_idx is None else module.padding_idx + 1
-                limit = min(limit, module.num_embeddings - reserved)
-        return limit
+                limits.append(module.num_embeddings - reserved)
+                # OPT and its likes reserve some as well, and name what is left.
+                limits.append(getattr(self.model.config, "max_position_embeddings", limits[-1]))
+        return min(limits)
 
     @property
     def formats(self):
@@ -1197,6 +1213,15 @@ class BertRerankerModel(torch.nn.Module):
         self.tokenizer.backend_tokenizer.no_truncation()
         self.tokenizer.backend_tokenizer.no_padding()
         return self.tokenizer.backend_tokenizer
+
+    @property
+    def tokenizer_text(self):
+        """What tells this tokenizer from others, as text."""
+        try:
+            return self.plain_tokenizer.to_str()
+        except Exception:  # the library has no narrower one: a part is written in Python, as RoFormer's
+            vocabulary = sorted(self.tokenizer.get_vocab().items())
+            return repr((type(self.tokenizer).__name__, vocabulary))
 
     def encode(self, pairs, max_len):
         """Yield an encoded pair of at most `max_len` tokens for each (query, document) pair. The
@@ -1405,7 +1430,7 @@ class RerankDataset:
     def cache_file(self, model):
         """Where the token ids of these rows stand, or will."""
         depends_on = (
-            model.plain_tokenizer.to_str(),
+            model.tokenizer_text,
             model.model.config.to_json_string(),
             version("tokenizers"),
             self.args["max_len"],
@@ -2043,7 +2068,7 @@ def identity_of(args, model, train_rows, eval_rows):
         "train rows": hashlib.sha256(train_rows).hexdigest(),
         "eval rows": hashlib.sha256(eval_rows).hexdigest(),
         "config": hashlib.sha256(json.dumps(config, default=str).encode()).hexdigest(),
-        "tokenizer": hashlib.sha256(model.plain_tokenizer.to_str().encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(model.tokenizer_text.encode()).hexdigest(),
         "base weights": base_weights.hexdigest(),
         "samples of a step": args["batch_size"] * args["gradient_accumulation_steps"] * processes,
     }
