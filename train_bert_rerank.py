@@ -42,6 +42,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
@@ -65,6 +66,7 @@ from accelerate.utils import (
     set_seed,
 )
 from huggingface_hub import EvalResult, HfApi, ModelCardData, errors, try_to_load_from_cache
+from numpy.lib.recfunctions import repack_fields
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
@@ -505,6 +507,17 @@ ROW = np.dtype([
     ("file", "i4"), ("number", "i8"), ("line", "i8"),
     ("query", "u8"), ("pair", "u8"), ("label", "f8"),
 ])  # fmt: skip
+# While data are loaded: and what tells the ways apart in which one query is written.
+LOADED_ROW = np.dtype([*ROW.descr, ("spelling", "u4")])
+# What shows nothing of its own: control characters that are no white space, soft hyphens, joiners
+# of graphemes, marks and embeddings of direction, zero-width spaces, joiners and non-joiners, word
+# joiners, byte-order marks, and selectors of a variant of the character before. Format characters
+# that show (Arabic number signs) or tell flags apart (tags) are not among them, and fillers of
+# Hangul are letters.
+INVISIBLE = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u180b-\u180f"
+    "\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]"
+)
 # The keys that tell the three shapes of a line apart.
 ONE_ROW = ("content", "label")
 TEXT_LISTS = ("pos", "neg", "pos_scores", "neg_scores")
@@ -702,24 +715,34 @@ def read_lines(path, digest):
         raise UserError(f"{path}: cannot be read: {reason}") from error
 
 
+def normal_form(query):
+    """What the ways have in common in which one query is written: Unicode NFC without invisible
+    characters, each run of white space of any kind as one space, none at the ends."""
+    visible = INVISIBLE.sub("", query)
+    return " ".join(unicodedata.normalize("NFC", visible).split())
+
+
 def fingerprints(query, content):
-    """64 bits of a query, and of it and a document together: the same in every run and process."""
-    of_query = hashlib.blake2b(query.encode(), digest_size=8).digest()
-    of_pair = hashlib.blake2b(content.encode(), digest_size=8, key=of_query).digest()
+    """64 bits of a query, in whichever way it is written, and of it and a document together, as
+    they stand: the same in every run and process."""
+    written = hashlib.blake2b(query.encode(), digest_size=8).digest()
+    of_pair = hashlib.blake2b(content.encode(), digest_size=8, key=written).digest()
+    of_query = hashlib.blake2b(normal_form(query).encode(), digest_size=8).digest()
     return int.from_bytes(of_query, "little"), int.from_bytes(of_pair, "little")
 
 
 def load_file(path, file, args):
-    """The rows of a JSONL file as ROW [N] with file number `file`, without their texts, and its
-    SHA-256."""
+    """The rows of a JSONL file as LOADED_ROW [N] with file number `file`, without their texts, and
+    its SHA-256."""
     digest = hashlib.sha256()
 
     def records():
         rows = read_rows(path, args["min_label"], args["max_label"], digest)
         for number, (query, content, label, line) in enumerate(rows):
-            yield file, number, line, *fingerprints(query, content), label
+            spelling = zlib.crc32(query.encode())
+            yield file, number, line, *fingerprints(query, content), label, spelling
 
-    rows = np.fromiter(records(), dtype=ROW)
+    rows = np.fromiter(records(), dtype=LOADED_ROW)
     if not len(rows):
         raise UserError(f"{path}: no rows. {ADVICE}")
 
@@ -755,6 +778,8 @@ def load_data(args):
         rows_of_files.append(rows)
         sha256.append(digest)
     rows = np.concatenate(rows_of_files)
+    warn_of_spellings(rows, paths)
+    rows = repack_fields(rows[list(ROW.names)])  # as ROW
     if is_eval_file:
         is_eval = rows["file"] == len(paths) - 1
         source = f"of {eval_path}"
@@ -770,6 +795,29 @@ def load_data(args):
     else:
         say("No evaluation: nothing will be claimed about the ranking.")
     return rows[~is_eval], rows[is_eval], paths, dict(zip(paths, sha256, strict=True))
+
+
+def warn_of_spellings(rows, paths):
+    """Warn, with a count and an example, of queries that are written in several ways: LOADED_ROW
+    [N] of the files `paths`."""
+    rows = rows[np.lexsort((rows["spelling"], rows["query"]))]
+    is_same_query = rows["query"][1:] == rows["query"][:-1]  # as the row before
+    is_other_spelling = rows["spelling"][1:] != rows["spelling"][:-1]
+    variants = np.flatnonzero(is_same_query & is_other_spelling)
+    if not len(variants):
+        return
+
+    first = variants[0]
+    places = []
+    for row in rows[first : first + 2]:
+        places.append(f"line {row['line']} of {paths[row['file']]}")
+    count = len(np.unique(rows["query"][variants]))
+    total = len(rows) - is_same_query.sum()
+    say(
+        f"Warning: {count} of {total} queries are written in several ways "
+        f"({count + len(variants)} in all), which differ in white space, invisible characters or "
+        f"Unicode form alone ({' and '.join(places)}, for one): each counts as one query."
+    )
 
 
 def eval_file_beside(train_dataset):
