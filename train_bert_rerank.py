@@ -44,7 +44,7 @@ import threading
 import time
 import unicodedata
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -1049,9 +1049,14 @@ class BertRerankerModel(torch.nn.Module):
 
     @property
     def max_len(self) -> int:
-        """Tokens that a pair may have, special tokens included (of XLM-R's 514 positions 512 are
-        usable)."""
-        limit = min(int(self.tokenizer.model_max_length), 10**9)
+        """Tokens that a pair may have, special tokens included: those that there are positions for,
+        or fewer where the tokenizer says so."""
+        return min(int(self.tokenizer.model_max_length), self.positions)
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the model has positions for (of XLM-R's 514 512 are usable)."""
+        limit = 10**9
         for name, module in self.model.named_modules():
             if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
                 reserved = 0 if module.padding_idx is None else module.padding_idx + 1
@@ -1074,10 +1079,16 @@ class BertRerankerModel(torch.nn.Module):
     def encode(self, pairs, max_len):
         """Yield an encoded pair of at most `max_len` tokens for each (query, document) pair. The
         document is cut; a query only where it leaves no room, down to room for one token of the
-        document."""
+        document. ValueError for a `max_len` that leaves no room for a token of both."""
         tokenizer = self.plain_tokenizer
         tokens_of = partial(tokenizer.encode_batch_fast, add_special_tokens=False)
-        room = max_len - tokenizer.num_special_tokens_to_add(is_pair=True)
+        special_tokens = tokenizer.num_special_tokens_to_add(is_pair=True)
+        room = max_len - special_tokens
+        if room < 2:
+            raise ValueError(
+                f"max_len {max_len} is too small: it takes {special_tokens + 2} tokens or more, "
+                f"{special_tokens} special ones and one of the query and of the document each"
+            )
         query_format, document_format = self.formats
         pairs = iter(pairs)
 
@@ -1107,8 +1118,22 @@ class BertRerankerModel(torch.nn.Module):
 
     def preprocess(self, pairs: Sequence, max_len: int = 512) -> dict[str, torch.Tensor]:
         """Tokenise and pad B (query, document) pairs: a dict of tensors [B, T] with T at most
-        `max_len`."""
-        return self.collate(list(self.encode(pairs, max_len)))
+        `max_len`. TypeError or ValueError for what are no pairs, ValueError for a `max_len` that
+        leaves no room, or that lets a pair have more tokens than the model has positions for."""
+        check_whole_number("max_len", max_len)
+        pairs = checked_pairs("pairs", pairs)
+        if not pairs:
+            raise ValueError("pairs is empty: there is nothing to make tensors of")
+
+        encoded = list(self.encode(pairs, max_len))
+        positions = self.positions
+        for index, (ids, *_) in enumerate(encoded):
+            if len(ids) > positions:
+                raise ValueError(
+                    f"pairs[{index}] has {len(ids)} tokens with max_len {max_len}, and this model "
+                    f"has positions for {positions}: take max_len {self.max_len} (model.max_len)"
+                )
+        return self.collate(encoded)
 
     def to_device(self, tensor):
         """`tensor` on the model's device; a GPU gets it without waiting: it computes while the next
@@ -1166,9 +1191,12 @@ class BertRerankerModel(torch.nn.Module):
         CrossEncoder.predict.
 
         `activation_fn` None is the sigmoid; pairs of over `self.max_len` tokens lose the end of
-        their document."""
-        is_single = len(inputs) > 0 and isinstance(inputs[0], str)
-        pairs = [inputs] if is_single else inputs
+        their document. TypeError or ValueError for what are no pairs of texts."""
+        check_whole_number("batch_size", batch_size)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it should be 1 or more")
+        is_single = is_one_pair(inputs)
+        pairs = checked_pairs("inputs", [inputs] if is_single else inputs)
         encoded = list(self.encode(pairs, self.max_len))
         logits = self.score(encoded, batch_size * self.max_len, show_progress_bar)
 
@@ -1188,7 +1216,12 @@ class BertRerankerModel(torch.nn.Module):
         show_progress_bar: bool | None = None,
         activation_fn: Callable | None = None,
     ) -> list[dict]:
-        """Documents, best first, as [{"corpus_id", "score"[, "text"]}]: as in CrossEncoder.rank."""
+        """Documents, best first, as [{"corpus_id", "score"[, "text"]}]: as in CrossEncoder.rank.
+        TypeError or ValueError for what are no texts."""
+        check_scorable("query", query)
+        documents = in_a_list("documents", documents, "texts")
+        for index, document in enumerate(documents):
+            check_scorable(f"documents[{index}]", document)
         pairs = [(query, document) for document in documents]
         scores = self.predict(pairs, batch_size, show_progress_bar, activation_fn)
 
@@ -1200,6 +1233,65 @@ class BertRerankerModel(torch.nn.Module):
             hits.append(hit)
         hits.sort(key=lambda hit: hit["score"], reverse=True)
         return hits[:top_k]
+
+
+PAIR = "a pair (query, document) of two texts"
+
+
+def shown(value):
+    """A `value` that does not fit, in a message: its type, and how it begins."""
+    beginning = " ".join(repr(value)[:40].split())
+    return f"{type(value).__name__} {beginning}"
+
+
+def check_whole_number(name, value):
+    """TypeError unless `value` is a whole number."""
+    if not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} should be a whole number, not {shown(value)}")
+
+
+def check_scorable(name, text):
+    """TypeError unless `text` is one, ValueError for half of a surrogate pair, which no tokenizer
+    takes. An empty text can be scored."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name} should be a text, not {shown(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is no text that can be written in UTF-8: {error}") from error
+
+
+def in_a_list(name, values, elements):
+    """What stands in order in `values`, as a list: of a list, an array, a column, a generator.
+    TypeError, which says what the `elements` should be, for what has no order, a text or a
+    table."""
+    has_no_order = isinstance(values, (str, bytes, dict, set)) or not isinstance(values, Iterable)
+    is_table = hasattr(values, "columns")  # of pandas: its elements are the names of its columns
+    if has_no_order or is_table:
+        raise TypeError(f"{name} should be a list of {elements}, not {shown(values)}")
+    return list(values)
+
+
+def is_one_pair(inputs):
+    """Whether `inputs` is a pair itself, as (query, document) is, rather than a list of pairs."""
+    if not isinstance(inputs, (list, tuple, np.ndarray)) or len(inputs) != 2:
+        return False
+    return any(isinstance(text, str) for text in inputs)
+
+
+def checked_pairs(name, pairs):
+    """`pairs`, which a caller knows by `name`, as a list of pairs of two texts each. TypeError or
+    ValueError names the first that is none."""
+    pairs = in_a_list(name, pairs, "(query, document) pairs")
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, (list, tuple, np.ndarray)):
+            raise TypeError(f"{name}[{index}] should be {PAIR}, not {shown(pair)}")
+        if len(pair) != 2:
+            raise ValueError(f"{name}[{index}] should be {PAIR}, not {len(pair)} values")
+        query, document = pair
+        check_scorable(f"the query of {name}[{index}]", query)
+        check_scorable(f"the document of {name}[{index}]", document)
+    return pairs
 
 
 def cut_to(room, query, document):
