@@ -522,6 +522,16 @@ INVISIBLE = re.compile(
 ONE_ROW = ("content", "label")
 TEXT_LISTS = ("pos", "neg", "pos_scores", "neg_scores")
 HITS = ("hits",)
+# What others call these keys, which a message then names.
+OTHER_NAMES = {
+    "question": "query", "search": "query", "anchor": "query",
+    "text": "content", "passage": "content", "document": "content", "doc": "content",
+    "answer": "content", "score": "label", "relevance": "label", "target": "label",
+    "positive": "pos", "positives": "pos", "positive_passages": "pos",
+    "negative": "neg", "negatives": "neg", "negative_passages": "neg",
+}  # fmt: skip
+MEANT_FOR_CONTENT = ("content", "pos", "neg", "hits")  # any of them gives a query its texts
+GIVE_IT_ROWS = "give the query a text at least, or take the line out"
 SHOULD_BE_LISTS = (
     'pos and neg should be lists of texts, hits a list of {"content": "…", "label": 1}'
 )
@@ -546,10 +556,12 @@ def parse_line(line, min_label, max_label):
         judged = judged_of_text_lists(sample, min_label, max_label)
     elif shapes == [HITS]:
         judged = judged_of_hits(sample)
-    if not judged:
-        judged = [(sample.get("content"), sample.get("label"))]
+    else:
+        require_keys(sample, ("query", "content", "label"))
+        judged = [(sample["content"], sample["label"])]
 
-    query = sample.get("query")
+    require_keys(sample, ("query",))
+    query = sample["query"]
     for content, label in judged:
         check_text("query", query)
         check_text("content", content)
@@ -571,11 +583,38 @@ def decode_line(line):
     return {key: value for key, value in sample.items() if value is not None}
 
 
+def require_keys(sample, keys):
+    """ValueError for the first of the `keys` that `sample` lacks or has null at, with the key that
+    may have been meant for it."""
+    for key in keys:
+        if sample.get(key) is not None:
+            continue
+        message = f"{key} is missing"
+        wanted = MEANT_FOR_CONTENT if key == "content" else (key,)
+        for name in sample:
+            meant = meant_by(name)
+            if name != meant and meant in wanted:
+                message += f': should "{name[:40]}" read "{meant}"?'
+                break
+        raise ValueError(message)
+
+
+def meant_by(name):
+    """The key that `name` of a line is, or was perhaps meant for; None where it is like none."""
+    name = name.strip().lower()
+    if name in OTHER_NAMES:
+        return OTHER_NAMES[name]
+    nearest = get_close_matches(name, ("query", *ONE_ROW, *TEXT_LISTS, *HITS), n=1, cutoff=0.8)
+    return nearest[0] if nearest else None
+
+
 def judged_of_text_lists(sample, min_label, max_label):
     """[(content, label), …] of {"pos": […], "neg": […]}."""
     pos, neg, pos_scores, neg_scores = (sample.get(key, []) for key in TEXT_LISTS)
     if not all(isinstance(values, list) for values in (pos, neg, pos_scores, neg_scores)):
         raise ValueError(SHOULD_BE_LISTS)
+    if not pos and not neg:
+        raise ValueError(f"pos and neg are empty: {GIVE_IT_ROWS}")
     if pos_scores or neg_scores:
         if len(pos_scores) != len(pos) or len(neg_scores) != len(neg):
             raise ValueError(
@@ -592,7 +631,11 @@ def judged_of_hits(sample):
     hits = sample["hits"]
     if not isinstance(hits, list) or not all(isinstance(hit, dict) for hit in hits):
         raise ValueError(SHOULD_BE_LISTS)
-    return [(hit.get("content"), hit.get("label")) for hit in hits]
+    if not hits:
+        raise ValueError(f"hits is empty: {GIVE_IT_ROWS}")
+    for hit in hits:
+        require_keys(hit, ONE_ROW)
+    return [(hit["content"], hit["label"]) for hit in hits]
 
 
 def check_text(key, text):

@@ -87,6 +87,7 @@ def as_rows(rows):
 
 
 # ---- What is refused -------------------------------------------------------------------------------------------------
+EMPTY = "give the query a text at least, or take the line out"
 BAD_LINES = {
     "not_json": (b"query,content,1", "not JSON"),
     "json_cut_short": (b'{"query": "q", "content": "c', "not JSON"),
@@ -131,7 +132,10 @@ BAD_LINES = {
     "label_and_pos": (b'{"query": "q", "pos": ["c"], "label": 1}', "two shapes at once"),
     "pos_with_a_blank_text": (b'{"query": "q", "pos": ["c", " "]}', "content is blank"),
     "neg_with_a_number": (b'{"query": "q", "pos": ["c"], "neg": [3]}', "content is no text: 3"),
-    "pos_and_neg_empty": (b'{"query": "q", "pos": [], "neg": []}', "missing"),
+    "pos_and_neg_empty": (b'{"query": "q", "pos": [], "neg": []}', f"pos and neg are empty: {EMPTY}"),
+    "pos_empty_and_neg_null": (b'{"query": "q", "pos": [], "neg": null}', f"pos and neg are empty: {EMPTY}"),
+    "scores_alone_empty": (b'{"query": "q", "pos_scores": [], "neg_scores": []}', f"pos and neg are empty: {EMPTY}"),
+    "hits_empty": (b'{"query": "q", "hits": []}', f"hits is empty: {EMPTY}"),
     "hits_of_texts": (b'{"query": "q", "hits": ["c"]}', "hits a list of"),
     "hits_an_object": (b'{"query": "q", "hits": {"content": "c", "label": 1}}', "hits a list of"),
     "a_hit_without_label": (b'{"query": "q", "hits": [{"content": "c"}]}', "label is missing"),
@@ -149,6 +153,29 @@ def test_a_bad_line_is_refused_with_its_file_line_and_reason(read, tmp_path, bad
     assert head == f"{tmp_path / 'data.jsonl'}: 1 bad line"
     assert complaint.startswith("  line 2: ") and reason in complaint
     assert error.value.exit_status == 1
+
+
+@pytest.mark.parametrize("sample, said", [
+    ({"Query": "q", "content": "c", "label": 1}, 'query is missing: should "Query" read "query"?'),
+    ({" query": "q", "content": "c", "label": 1}, 'query is missing: should " query" read "query"?'),
+    ({"question": "q", "pos": ["c"]}, 'query is missing: should "question" read "query"?'),
+    ({"querry": "q", "hits": [{"content": "c", "label": 1}]}, 'query is missing: should "querry" read "query"?'),
+    ({"query": "q", "contents": "c", "label": 1}, 'content is missing: should "contents" read "content"?'),
+    ({"id": 7, "query": "q", "text": "c", "label": 1}, 'content is missing: should "text" read "content"?'),
+    ({"query": "q", "passage": "c", "content": None}, 'content is missing: should "passage" read "content"?'),
+    ({"query": "q", "positive": ["c"], "negative": []}, 'content is missing: should "positive" read "pos"?'),
+    ({"query": "q", "Hits": []}, 'content is missing: should "Hits" read "hits"?'),
+    ({"query": "q", "content": "c", "score": 0.7}, 'label is missing: should "score" read "label"?'),
+    ({"query": "q", "content": "c", "Label": 1}, 'label is missing: should "Label" read "label"?'),
+    ({"query": "q", "hits": [{"text": "c", "label": 1}]}, 'content is missing: should "text" read "content"?'),
+    ({"query": "q", "hits": [{"content": "c", "score": 1}]}, 'label is missing: should "score" read "label"?'),
+])  # fmt: skip
+def test_a_key_that_is_nearly_right_is_named_beside_the_one_that_is_missing(read, sample, said):
+    with pytest.raises(UserError) as error:
+        read(GOOD + b"\n" + json.dumps(sample).encode())
+    assert str(error.value).splitlines()[1] == f"  line 2: {said}"
+    with pytest.raises(UserError, match="\n  line 1: content is missing\n"):
+        read(b'{"query": "q", "label": 1, "id": 3, "title": "t", "score": 2, "url": "u"}')
 
 
 @pytest.mark.parametrize("text", ["1", "0.5", "relevant", ""])
