@@ -102,6 +102,13 @@ def say(message):
 
 
 # ---- Settings ------------------------------------------------------------------------------------
+# The settings that name files and folders.
+PATHS = (
+    "model_name_or_path", "train_dataset", "eval_dataset", "output_dir", "resume_from_checkpoint",
+)  # fmt: skip
+HOW_LISTS_ARE_WRITTEN = """'["a.jsonl", "b.jsonl"]'"""
+
+
 class Setting(NamedTuple):
     """A key of `args` in main(), as it stands there."""
 
@@ -178,6 +185,9 @@ def check_settings(args):
         kinds = settings[key].kinds
         if not any(fits(value, kind) for kind in kinds):
             raise UserError(f"{key} should be {' or '.join(kinds)}, not {value!r}", 2)
+        check_name(key, value, kinds)
+    for key in PATHS:
+        args[key] = with_home(args[key])
 
     if args["min_label"] >= args["max_label"]:
         raise UserError(
@@ -195,6 +205,41 @@ def check_settings(args):
         )
     check_installation(args)
     return args
+
+
+def check_name(key, value, kinds):
+    """UserError (exit status 2) for a text that names nothing: an empty one, a None or a list that
+    came as a text."""
+    if isinstance(value, list):
+        for path in value:
+            check_name(key, path, kinds)
+    if not isinstance(value, str):
+        return
+    if not value.strip():
+        raise UserError(f"{key} is empty: it should be {' or '.join(kinds)}", 2)
+    if key not in PATHS:
+        return
+
+    if value.lower() in ("none", "null") and "None" not in kinds:
+        raise UserError(f"{key} cannot be None; of a file or folder of that name: ./{value}", 2)
+    # An empty list, one that the shell took the quotes off, two names with a comma.
+    is_like_a_list = value.startswith("[") or "," in value
+    if "list" in kinds and is_like_a_list and not os.path.exists(value):
+        raise UserError(
+            f"{key} {value}: there is no such file; a list is written --{key} "
+            f"{HOW_LISTS_ARE_WRITTEN}",
+            2,
+        )
+
+
+def with_home(path):
+    """A path, or a list of them, with the home folder for a ~ at the start, which no shell has
+    replaced behind a "="."""
+    if isinstance(path, list):
+        return [os.path.expanduser(each) for each in path]
+    if isinstance(path, str):
+        return os.path.expanduser(path)
+    return path
 
 
 def check_installation(args):
@@ -232,10 +277,15 @@ def parse_command_line(argv):
     known, unknown = parser.parse_known_args(argv)
 
     overrides = {}
-    for argument in unknown[:1]:  # check_settings() refuses it, with the nearest key
-        is_key = argument.startswith("--")
-        name = argument.partition("=")[0][2:] if is_key else repr(argument)
-        overrides[name] = None
+    for argument in unknown[:1]:
+        if not argument.startswith("--"):
+            raise UserError(
+                f"{argument!r} belongs to no setting: each is written --key value, and a list "
+                f"--train_dataset {HOW_LISTS_ARE_WRITTEN}",
+                2,
+            )
+        # check_settings() refuses it, with the nearest key.
+        overrides[argument.partition("=")[0][2:]] = None
     for key, text in vars(known).items():
         overrides[key] = typed(text, settings[key].kinds)
     return overrides
@@ -243,10 +293,10 @@ def parse_command_line(argv):
 
 def typed(text, kinds):
     """What `text` stands for on the command line, if it is of one of the `kinds`, else the text
-    itself."""
-    words = {"true": "True", "false": "False", "null": "None"}
+    itself. Words are read in any case of letters."""
+    words = {"true": "True", "false": "False", "none": "None", "null": "None"}
     try:
-        value = ast.literal_eval(words.get(text, text))
+        value = ast.literal_eval(words.get(text.lower(), text))
     except (ValueError, SyntaxError, RecursionError, MemoryError):  # a path, a name
         return text
     if any(fits(value, kind) for kind in kinds):
@@ -3511,7 +3561,8 @@ def main():
         "weight_decay": 0.01,  # float 0..: of AdamW, not on biases and LayerNorm
         "max_grad_norm": 1.0,  # float 0..: gradients are clipped to this norm; 0: never
         "eval_steps": None,  # int 1.. | None: evaluate every so many optimizer steps; None: at the end of each epoch
-        "metric_for_best_model": "auto",  # "auto" | "ndcg@10" | "mrr@10" | "map" | "average_precision": best is best in
+        "metric_for_best_model":
+            "auto",  # "auto" | "ndcg@10" | "mrr@10" | "map" | "hit@1" | "average_precision": best is best in
         "load_best_model_at_end": True,  # bool: keep the best weights, not the last; the base's where all rank below it
         "save_steps": None,  # int 1.. | None: write a checkpoint every so many steps; None: at the end of each epoch
         "save_total_limit": 2,  # int 1..: checkpoints that are kept; a run that ends well removes them all
