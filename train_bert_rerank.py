@@ -2129,16 +2129,54 @@ def language_of(texts):
     return None
 
 
+# What a verdict takes: with fewer no interval would hold what it promises.
+ENOUGH = {
+    "queries": 20,
+    "relevant rows": 20,  # these two with average precision over all pairs
+    "irrelevant rows": 20,
+    "queries that changed": 6,
+}
+
+
+def too_few_of(eval_data, metric):
+    """{what: how many there are} of what the eval data have too few of for a verdict by `metric`,
+    as ENOUGH names it."""
+    counts = {"queries": len(eval_data.lists[metric])}
+    if metric not in RANKING:  # of all pairs together
+        relevant = int((eval_data.labels >= 0.5).sum())
+        counts["relevant rows"] = relevant
+        counts["irrelevant rows"] = len(eval_data.labels) - relevant
+    return {what: count for what, count in counts.items() if count < ENOUGH[what]}
+
+
+def explain_average_precision(lists):
+    """Say why nothing can be ranked in the candidate `lists`, so that all pairs are measured
+    together."""
+    rows_of_longest = max(len(rows) for rows in lists)
+    if rows_of_longest == 1:
+        why = "each of them has one row"
+        hint = "if one query should have several, its text has to be the same in each"
+    else:
+        why = "all rows of a query have one and the same label"
+        hint = "give queries both relevant and irrelevant rows"
+    say(
+        f"Warning: none of the {len(lists)} eval queries can be ranked, for {why}: measured by "
+        f"average precision over all pairs, rather than by NDCG@10; {hint}."
+    )
+
+
 def choose_metric(eval_data, args):
     """The metric by which weights are compared; None where there is nothing to measure."""
     wanted = [args["metric_for_best_model"]]
     if wanted == ["auto"]:
         wanted = ["ndcg@10", "average_precision"]
     for metric in wanted:
-        queries = len(eval_data.lists[metric])
-        if queries:
-            if queries < 20 and args["epochs"]:
-                say(f"Warning: {queries} eval queries are too few: a verdict takes 20.")
+        if eval_data.lists[metric]:
+            if metric != wanted[0]:
+                explain_average_precision(eval_data.lists["all"])
+            too_few = too_few_of(eval_data, metric) if args["epochs"] else {}
+            for what, count in too_few.items():
+                say(f"Warning: {count} eval {what} are too few: a verdict takes {ENOUGH[what]}.")
             return metric
 
     if len(eval_data) or not args["epochs"]:
@@ -2983,9 +3021,8 @@ def judge(candidates, dataset, metric, args):
 
     labels = dataset.labels.numpy()
     queries = len(dataset.lists[metric])
-    is_enough = queries >= 20
-    if metric not in RANKING:  # of all pairs together
-        is_enough = is_enough and 20 <= (labels >= 0.5).sum() <= len(labels) - 20
+    too_few = too_few_of(dataset, metric)
+    is_enough = not too_few
     kept = best
     if is_enough and args["load_best_model_at_end"] and best.quality < base.quality:
         kept = base
@@ -2996,6 +3033,8 @@ def judge(candidates, dataset, metric, args):
         delta["mean"] = float(gains.mean())
         if is_enough:
             delta["ci95"] = confidence_interval(gains, args["seed"])
+            if delta["ci95"] is None:
+                too_few["queries that changed"] = int((np.abs(gains) > 1e-9).sum())
         if metric in RANKING:
             delta["queries_up"] = (gains > 1e-9).sum().item()
             delta["queries_down"] = (gains < -1e-9).sum().item()
@@ -3017,6 +3056,7 @@ def judge(candidates, dataset, metric, args):
         "fine_tuned": best.metrics,
         "delta": delta,
         "verdict": verdict_of(delta["ci95"]),
+        "too_few": too_few,
         "threshold": threshold_of(kept, labels),
         "history": history,
         "chosen": chosen,
@@ -3083,13 +3123,21 @@ def verdict_text(report, args):
             f"look for wrong labels; then a lower lr than {args['lr']} or fewer epochs",
         ),
         "too few": (
-            "too few queries to tell",
-            "evaluate on more: 20 or more, better 100, of which 6 or more change",
+            f"too few {' and '.join(report['too_few'])} to tell",
+            advice_on_too_few(report["too_few"]),
         ),
     }[report["verdict"]]
     lines.append(f"Verdict: {verdict}. {evidence_text(report)}.")
     lines.append(f"Next: {advice}.")
     return "\n".join(lines)
+
+
+def advice_on_too_few(too_few):
+    """How many it takes of what there are `too_few` of, {what: how many there are}."""
+    parts = []
+    for what, count in too_few.items():
+        parts.append(f"{ENOUGH[what]} or more {what} ({count} here)")
+    return f"evaluate on more data: a verdict takes {' and '.join(parts)}, better 5 times as many"
 
 
 def evidence_text(report):
@@ -3107,6 +3155,9 @@ def evidence_text(report):
     if counts:
         queries += f" ({', '.join(counts)})"
     if not delta["ci95"]:
+        for what, count in report["too_few"].items():
+            if what != "queries":  # which stand there already
+                queries += f", {count} {what}"
         return queries
 
     metric, mean = report["metric"], delta["mean"]
