@@ -224,7 +224,7 @@ def check_name(key, value, kinds):
         raise UserError(f"{key} cannot be None; of a file or folder of that name: ./{value}", 2)
     # An empty list, one that the shell took the quotes off, two names with a comma.
     is_like_a_list = value.startswith("[") or "," in value
-    if "list" in kinds and is_like_a_list and not os.path.exists(value):
+    if "list" in kinds and is_like_a_list and not os.path.exists(with_home(value)):
         raise UserError(
             f"{key} {value}: there is no such file; a list is written --{key} "
             f"{HOW_LISTS_ARE_WRITTEN}",

@@ -265,6 +265,8 @@ def test_a_file_whose_name_looks_like_a_list_is_taken_where_it_is_there(monkeypa
             check_settings({"train_dataset": name})
         Path(name).write_text("")
         assert check_settings({"train_dataset": name})["train_dataset"] == name
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert check_settings({"train_dataset": "~/a,b.jsonl"})["train_dataset"] == f"{tmp_path}/a,b.jsonl"
 
 
 def test_a_tilde_is_the_home_folder_in_each_setting_that_is_a_path_and_in_no_other(monkeypatch, tmp_path):
