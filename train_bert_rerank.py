@@ -43,8 +43,9 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -66,6 +67,7 @@ from accelerate.utils import (
     set_seed,
 )
 from huggingface_hub import EvalResult, HfApi, ModelCardData, errors, try_to_load_from_cache
+from numpy.lib.recfunctions import repack_fields
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 from transformers.utils import cached_file
@@ -117,6 +119,13 @@ def say(message):
 
 
 # ---- Settings ------------------------------------------------------------------------------------
+# The settings that name files and folders.
+PATHS = (
+    "model_name_or_path", "train_dataset", "eval_dataset", "output_dir", "resume_from_checkpoint",
+)  # fmt: skip
+HOW_LISTS_ARE_WRITTEN = """'["a.jsonl", "b.jsonl"]'"""
+
+
 class Setting(NamedTuple):
     """A key of `args` in main(), as it stands there."""
 
@@ -193,6 +202,9 @@ def check_settings(args):
         kinds = settings[key].kinds
         if not any(fits(value, kind) for kind in kinds):
             raise UserError(f"{key} should be {' or '.join(kinds)}, not {value!r}", 2)
+        check_name(key, value, kinds)
+    for key in PATHS:
+        args[key] = with_home(args[key])
 
     if args["min_label"] >= args["max_label"]:
         raise UserError(
@@ -210,6 +222,41 @@ def check_settings(args):
         )
     check_installation(args)
     return args
+
+
+def check_name(key, value, kinds):
+    """UserError (exit status 2) for a text that names nothing: an empty one, a None or a list that
+    came as a text."""
+    if isinstance(value, list):
+        for path in value:
+            check_name(key, path, kinds)
+    if not isinstance(value, str):
+        return
+    if not value.strip():
+        raise UserError(f"{key} is empty: it should be {' or '.join(kinds)}", 2)
+    if key not in PATHS:
+        return
+
+    if value.lower() in ("none", "null") and "None" not in kinds:
+        raise UserError(f"{key} cannot be None; of a file or folder of that name: ./{value}", 2)
+    # An empty list, one that the shell took the quotes off, two names with a comma.
+    is_like_a_list = value.startswith("[") or "," in value
+    if "list" in kinds and is_like_a_list and not os.path.exists(with_home(value)):
+        raise UserError(
+            f"{key} {value}: there is no such file; a list is written --{key} "
+            f"{HOW_LISTS_ARE_WRITTEN}",
+            2,
+        )
+
+
+def with_home(path):
+    """A path, or a list of them, with the home folder for a ~ at the start, which no shell has
+    replaced behind a "="."""
+    if isinstance(path, list):
+        return [os.path.expanduser(each) for each in path]
+    if isinstance(path, str):
+        return os.path.expanduser(path)
+    return path
 
 
 def check_installation(args):
@@ -247,10 +294,15 @@ def parse_command_line(argv):
     known, unknown = parser.parse_known_args(argv)
 
     overrides = {}
-    for argument in unknown[:1]:  # check_settings() refuses it, with the nearest key
-        is_key = argument.startswith("--")
-        name = argument.partition("=")[0][2:] if is_key else repr(argument)
-        overrides[name] = None
+    for argument in unknown[:1]:
+        if not argument.startswith("--"):
+            raise UserError(
+                f"{argument!r} belongs to no setting: each is written --key value, and a list "
+                f"--train_dataset {HOW_LISTS_ARE_WRITTEN}",
+                2,
+            )
+        # check_settings() refuses it, with the nearest key.
+        overrides[argument.partition("=")[0][2:]] = None
     for key, text in vars(known).items():
         overrides[key] = typed(text, settings[key].kinds)
     return overrides
@@ -258,10 +310,10 @@ def parse_command_line(argv):
 
 def typed(text, kinds):
     """What `text` stands for on the command line, if it is of one of the `kinds`, else the text
-    itself."""
-    words = {"true": "True", "false": "False", "null": "None"}
+    itself. Words are read in any case of letters."""
+    words = {"true": "True", "false": "False", "none": "None", "null": "None"}
     try:
-        value = ast.literal_eval(words.get(text, text))
+        value = ast.literal_eval(words.get(text.lower(), text))
     except (ValueError, SyntaxError, RecursionError, MemoryError):  # a path, a name
         return text
     if any(fits(value, kind) for kind in kinds):
@@ -522,10 +574,31 @@ ROW = np.dtype([
     ("file", "i4"), ("number", "i8"), ("line", "i8"),
     ("query", "u8"), ("pair", "u8"), ("label", "f8"),
 ])  # fmt: skip
+# While data are loaded: and what tells the ways apart in which one query is written.
+LOADED_ROW = np.dtype([*ROW.descr, ("spelling", "u4")])
+# What shows nothing of its own: control characters that are no white space, soft hyphens, joiners
+# of graphemes, marks and embeddings of direction, zero-width spaces, joiners and non-joiners, word
+# joiners, byte-order marks, and selectors of a variant of the character before. Format characters
+# that show (Arabic number signs) or tell flags apart (tags) are not among them, and fillers of
+# Hangul are letters.
+INVISIBLE = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u180b-\u180f"
+    "\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]"
+)
 # The keys that tell the three shapes of a line apart.
 ONE_ROW = ("content", "label")
 TEXT_LISTS = ("pos", "neg", "pos_scores", "neg_scores")
 HITS = ("hits",)
+# What others call these keys, which a message then names.
+OTHER_NAMES = {
+    "question": "query", "search": "query", "anchor": "query",
+    "text": "content", "passage": "content", "document": "content", "doc": "content",
+    "answer": "content", "score": "label", "relevance": "label", "target": "label",
+    "positive": "pos", "positives": "pos", "positive_passages": "pos",
+    "negative": "neg", "negatives": "neg", "negative_passages": "neg",
+}  # fmt: skip
+MEANT_FOR_CONTENT = ("content", "pos", "neg", "hits")  # any of them gives a query its texts
+GIVE_IT_ROWS = "give the query a text at least, or take the line out"
 SHOULD_BE_LISTS = (
     'pos and neg should be lists of texts, hits a list of {"content": "…", "label": 1}'
 )
@@ -550,10 +623,12 @@ def parse_line(line, min_label, max_label):
         judged = judged_of_text_lists(sample, min_label, max_label)
     elif shapes == [HITS]:
         judged = judged_of_hits(sample)
-    if not judged:
-        judged = [(sample.get("content"), sample.get("label"))]
+    else:
+        require_keys(sample, ("query", "content", "label"))
+        judged = [(sample["content"], sample["label"])]
 
-    query = sample.get("query")
+    require_keys(sample, ("query",))
+    query = sample["query"]
     for content, label in judged:
         check_text("query", query)
         check_text("content", content)
@@ -575,11 +650,38 @@ def decode_line(line):
     return {key: value for key, value in sample.items() if value is not None}
 
 
+def require_keys(sample, keys):
+    """ValueError for the first of the `keys` that `sample` lacks or has null at, with the key that
+    may have been meant for it."""
+    for key in keys:
+        if sample.get(key) is not None:
+            continue
+        message = f"{key} is missing"
+        wanted = MEANT_FOR_CONTENT if key == "content" else (key,)
+        for name in sample:
+            meant = meant_by(name)
+            if name != meant and meant in wanted:
+                message += f': should "{name[:40]}" read "{meant}"?'
+                break
+        raise ValueError(message)
+
+
+def meant_by(name):
+    """The key that `name` of a line is, or was perhaps meant for; None where it is like none."""
+    name = name.strip().lower()
+    if name in OTHER_NAMES:
+        return OTHER_NAMES[name]
+    nearest = get_close_matches(name, ("query", *ONE_ROW, *TEXT_LISTS, *HITS), n=1, cutoff=0.8)
+    return nearest[0] if nearest else None
+
+
 def judged_of_text_lists(sample, min_label, max_label):
     """[(content, label), …] of {"pos": […], "neg": […]}."""
     pos, neg, pos_scores, neg_scores = (sample.get(key, []) for key in TEXT_LISTS)
     if not all(isinstance(values, list) for values in (pos, neg, pos_scores, neg_scores)):
         raise ValueError(SHOULD_BE_LISTS)
+    if not pos and not neg:
+        raise ValueError(f"pos and neg are empty: {GIVE_IT_ROWS}")
     if pos_scores or neg_scores:
         if len(pos_scores) != len(pos) or len(neg_scores) != len(neg):
             raise ValueError(
@@ -596,7 +698,11 @@ def judged_of_hits(sample):
     hits = sample["hits"]
     if not isinstance(hits, list) or not all(isinstance(hit, dict) for hit in hits):
         raise ValueError(SHOULD_BE_LISTS)
-    return [(hit.get("content"), hit.get("label")) for hit in hits]
+    if not hits:
+        raise ValueError(f"hits is empty: {GIVE_IT_ROWS}")
+    for hit in hits:
+        require_keys(hit, ONE_ROW)
+    return [(hit["content"], hit["label"]) for hit in hits]
 
 
 def check_text(key, text):
@@ -719,24 +825,34 @@ def read_lines(path, digest):
         raise UserError(f"{path}: cannot be read: {reason}") from error
 
 
+def normal_form(query):
+    """What the ways have in common in which one query is written: Unicode NFC without invisible
+    characters, each run of white space of any kind as one space, none at the ends."""
+    visible = INVISIBLE.sub("", query)
+    return " ".join(unicodedata.normalize("NFC", visible).split())
+
+
 def fingerprints(query, content):
-    """64 bits of a query, and of it and a document together: the same in every run and process."""
-    of_query = hashlib.blake2b(query.encode(), digest_size=8).digest()
-    of_pair = hashlib.blake2b(content.encode(), digest_size=8, key=of_query).digest()
+    """64 bits of a query, in whichever way it is written, and of it and a document together, as
+    they stand: the same in every run and process."""
+    written = hashlib.blake2b(query.encode(), digest_size=8).digest()
+    of_pair = hashlib.blake2b(content.encode(), digest_size=8, key=written).digest()
+    of_query = hashlib.blake2b(normal_form(query).encode(), digest_size=8).digest()
     return int.from_bytes(of_query, "little"), int.from_bytes(of_pair, "little")
 
 
 def load_file(path, file, args):
-    """The rows of a JSONL file as ROW [N] with file number `file`, without their texts, and its
-    SHA-256."""
+    """The rows of a JSONL file as LOADED_ROW [N] with file number `file`, without their texts, and
+    its SHA-256."""
     digest = hashlib.sha256()
 
     def records():
         rows = read_rows(path, args["min_label"], args["max_label"], digest)
         for number, (query, content, label, line) in enumerate(rows):
-            yield file, number, line, *fingerprints(query, content), label
+            spelling = zlib.crc32(query.encode())
+            yield file, number, line, *fingerprints(query, content), label, spelling
 
-    rows = np.fromiter(records(), dtype=ROW)
+    rows = np.fromiter(records(), dtype=LOADED_ROW)
     if not len(rows):
         raise UserError(f"{path}: no rows. {ADVICE}")
 
@@ -772,6 +888,8 @@ def load_data(args):
         rows_of_files.append(rows)
         sha256.append(digest)
     rows = np.concatenate(rows_of_files)
+    warn_of_spellings(rows, paths)
+    rows = repack_fields(rows[list(ROW.names)])  # as ROW
     if is_eval_file:
         is_eval = rows["file"] == len(paths) - 1
         source = f"of {eval_path}"
@@ -787,6 +905,29 @@ def load_data(args):
     else:
         say("No evaluation: nothing will be claimed about the ranking.")
     return rows[~is_eval], rows[is_eval], paths, dict(zip(paths, sha256, strict=True))
+
+
+def warn_of_spellings(rows, paths):
+    """Warn, with a count and an example, of queries that are written in several ways: LOADED_ROW
+    [N] of the files `paths`."""
+    rows = rows[np.lexsort((rows["spelling"], rows["query"]))]
+    is_same_query = rows["query"][1:] == rows["query"][:-1]  # as the row before
+    is_other_spelling = rows["spelling"][1:] != rows["spelling"][:-1]
+    variants = np.flatnonzero(is_same_query & is_other_spelling)
+    if not len(variants):
+        return
+
+    first = variants[0]
+    places = []
+    for row in rows[first : first + 2]:
+        places.append(f"line {row['line']} of {paths[row['file']]}")
+    count = len(np.unique(rows["query"][variants]))
+    total = len(rows) - is_same_query.sum()
+    say(
+        f"Warning: {count} of {total} queries are written in several ways "
+        f"({count + len(variants)} in all), which differ in white space, invisible characters or "
+        f"Unicode form alone ({' and '.join(places)}, for one): each counts as one query."
+    )
 
 
 def eval_file_beside(train_dataset):
@@ -1188,9 +1329,14 @@ class BertRerankerModel(torch.nn.Module):
 
     @property
     def max_len(self) -> int:
-        """Tokens that a pair may have, special tokens included (of XLM-R's 514 positions 512 are
-        usable)."""
-        limits = [int(self.tokenizer.model_max_length), 10**9]
+        """Tokens that a pair may have, special tokens included: those that there are positions for,
+        or fewer where the tokenizer says so."""
+        return min(int(self.tokenizer.model_max_length), self.positions)
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the model has positions for (of XLM-R's 514 512 are usable)."""
+        limits = [10**9]
         for name, module in self.model.named_modules():
             kind = name.rpartition(".")[2]
             is_table = "position" in kind or kind == "wpe"  # the latter is GPT-2's
@@ -1226,10 +1372,16 @@ class BertRerankerModel(torch.nn.Module):
     def encode(self, pairs, max_len):
         """Yield an encoded pair of at most `max_len` tokens for each (query, document) pair. The
         document is cut; a query only where it leaves no room, down to room for one token of the
-        document."""
+        document. ValueError for a `max_len` that leaves no room for a token of both."""
         tokenizer = self.plain_tokenizer
         tokens_of = partial(tokenizer.encode_batch_fast, add_special_tokens=False)
-        room = max_len - tokenizer.num_special_tokens_to_add(is_pair=True)
+        special_tokens = tokenizer.num_special_tokens_to_add(is_pair=True)
+        room = max_len - special_tokens
+        if room < 2:
+            raise ValueError(
+                f"max_len {max_len} is too small: it takes {special_tokens + 2} tokens or more, "
+                f"{special_tokens} special ones and one of the query and of the document each"
+            )
         query_format, document_format = self.formats
         pairs = iter(pairs)
 
@@ -1259,8 +1411,22 @@ class BertRerankerModel(torch.nn.Module):
 
     def preprocess(self, pairs: Sequence, max_len: int = 512) -> dict[str, torch.Tensor]:
         """Tokenise and pad B (query, document) pairs: a dict of tensors [B, T] with T at most
-        `max_len`."""
-        return self.collate(list(self.encode(pairs, max_len)))
+        `max_len`. TypeError or ValueError for what are no pairs, ValueError for a `max_len` that
+        leaves no room, or that lets a pair have more tokens than the model has positions for."""
+        check_whole_number("max_len", max_len)
+        pairs = checked_pairs("pairs", pairs)
+        if not pairs:
+            raise ValueError("pairs is empty: there is nothing to make tensors of")
+
+        encoded = list(self.encode(pairs, max_len))
+        positions = self.positions
+        for index, (ids, *_) in enumerate(encoded):
+            if len(ids) > positions:
+                raise ValueError(
+                    f"pairs[{index}] has {len(ids)} tokens with max_len {max_len}, and this model "
+                    f"has positions for {positions}: take max_len {self.max_len} (model.max_len)"
+                )
+        return self.collate(encoded)
 
     def to_device(self, tensor):
         """`tensor` on the model's device; a GPU gets it without waiting: it computes while the next
@@ -1318,9 +1484,12 @@ class BertRerankerModel(torch.nn.Module):
         CrossEncoder.predict.
 
         `activation_fn` None is the sigmoid; pairs of over `self.max_len` tokens lose the end of
-        their document."""
-        is_single = len(inputs) > 0 and isinstance(inputs[0], str)
-        pairs = [inputs] if is_single else inputs
+        their document. TypeError or ValueError for what are no pairs of texts."""
+        check_whole_number("batch_size", batch_size)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it should be 1 or more")
+        is_single = is_one_pair(inputs)
+        pairs = checked_pairs("inputs", [inputs] if is_single else inputs)
         encoded = list(self.encode(pairs, self.max_len))
         logits = self.score(encoded, batch_size * self.max_len, show_progress_bar)
 
@@ -1340,7 +1509,12 @@ class BertRerankerModel(torch.nn.Module):
         show_progress_bar: bool | None = None,
         activation_fn: Callable | None = None,
     ) -> list[dict]:
-        """Documents, best first, as [{"corpus_id", "score"[, "text"]}]: as in CrossEncoder.rank."""
+        """Documents, best first, as [{"corpus_id", "score"[, "text"]}]: as in CrossEncoder.rank.
+        TypeError or ValueError for what are no texts."""
+        check_scorable("query", query)
+        documents = in_a_list("documents", documents, "texts")
+        for index, document in enumerate(documents):
+            check_scorable(f"documents[{index}]", document)
         pairs = [(query, document) for document in documents]
         scores = self.predict(pairs, batch_size, show_progress_bar, activation_fn)
 
@@ -1352,6 +1526,65 @@ class BertRerankerModel(torch.nn.Module):
             hits.append(hit)
         hits.sort(key=lambda hit: hit["score"], reverse=True)
         return hits[:top_k]
+
+
+PAIR = "a pair (query, document) of two texts"
+
+
+def shown(value):
+    """A `value` that does not fit, in a message: its type, and how it begins."""
+    beginning = " ".join(repr(value)[:40].split())
+    return f"{type(value).__name__} {beginning}"
+
+
+def check_whole_number(name, value):
+    """TypeError unless `value` is a whole number."""
+    if not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} should be a whole number, not {shown(value)}")
+
+
+def check_scorable(name, text):
+    """TypeError unless `text` is one, ValueError for half of a surrogate pair, which no tokenizer
+    takes. An empty text can be scored."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name} should be a text, not {shown(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is no text that can be written in UTF-8: {error}") from error
+
+
+def in_a_list(name, values, elements):
+    """What stands in order in `values`, as a list: of a list, an array, a column, a generator.
+    TypeError, which says what the `elements` should be, for what has no order, a text or a
+    table."""
+    has_no_order = isinstance(values, (str, bytes, dict, set)) or not isinstance(values, Iterable)
+    is_table = hasattr(values, "columns")  # of pandas: its elements are the names of its columns
+    if has_no_order or is_table:
+        raise TypeError(f"{name} should be a list of {elements}, not {shown(values)}")
+    return list(values)
+
+
+def is_one_pair(inputs):
+    """Whether `inputs` is a pair itself, as (query, document) is, rather than a list of pairs."""
+    if not isinstance(inputs, (list, tuple, np.ndarray)) or len(inputs) != 2:
+        return False
+    return any(isinstance(text, str) for text in inputs)
+
+
+def checked_pairs(name, pairs):
+    """`pairs`, which a caller knows by `name`, as a list of pairs of two texts each. TypeError or
+    ValueError names the first that is none."""
+    pairs = in_a_list(name, pairs, "(query, document) pairs")
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, (list, tuple, np.ndarray)):
+            raise TypeError(f"{name}[{index}] should be {PAIR}, not {shown(pair)}")
+        if len(pair) != 2:
+            raise ValueError(f"{name}[{index}] should be {PAIR}, not {len(pair)} values")
+        query, document = pair
+        check_scorable(f"the query of {name}[{index}]", query)
+        check_scorable(f"the document of {name}[{index}]", document)
+    return pairs
 
 
 def cut_to(room, query, document):
@@ -2137,16 +2370,54 @@ def language_of(texts):
     return None
 
 
+# What a verdict takes: with fewer no interval would hold what it promises.
+ENOUGH = {
+    "queries": 20,
+    "relevant rows": 20,  # these two with average precision over all pairs
+    "irrelevant rows": 20,
+    "queries that changed": 6,
+}
+
+
+def too_few_of(eval_data, metric):
+    """{what: how many there are} of what the eval data have too few of for a verdict by `metric`,
+    as ENOUGH names it."""
+    counts = {"queries": len(eval_data.lists[metric])}
+    if metric not in RANKING:  # of all pairs together
+        relevant = int((eval_data.labels >= 0.5).sum())
+        counts["relevant rows"] = relevant
+        counts["irrelevant rows"] = len(eval_data.labels) - relevant
+    return {what: count for what, count in counts.items() if count < ENOUGH[what]}
+
+
+def explain_average_precision(lists):
+    """Say why nothing can be ranked in the candidate `lists`, so that all pairs are measured
+    together."""
+    rows_of_longest = max(len(rows) for rows in lists)
+    if rows_of_longest == 1:
+        why = "each of them has one row"
+        hint = "if one query should have several, its text has to be the same in each"
+    else:
+        why = "all rows of a query have one and the same label"
+        hint = "give queries both relevant and irrelevant rows"
+    say(
+        f"Warning: none of the {len(lists)} eval queries can be ranked, for {why}: measured by "
+        f"average precision over all pairs, rather than by NDCG@10; {hint}."
+    )
+
+
 def choose_metric(eval_data, args):
     """The metric by which weights are compared; None where there is nothing to measure."""
     wanted = [args["metric_for_best_model"]]
     if wanted == ["auto"]:
         wanted = ["ndcg@10", "average_precision"]
     for metric in wanted:
-        queries = len(eval_data.lists[metric])
-        if queries:
-            if queries < 20 and args["epochs"]:
-                say(f"Warning: {queries} eval queries are too few: a verdict takes 20.")
+        if eval_data.lists[metric]:
+            if metric != wanted[0]:
+                explain_average_precision(eval_data.lists["all"])
+            too_few = too_few_of(eval_data, metric) if args["epochs"] else {}
+            for what, count in too_few.items():
+                say(f"Warning: {count} eval {what} are too few: a verdict takes {ENOUGH[what]}.")
             return metric
 
     if len(eval_data) or not args["epochs"]:
@@ -3094,9 +3365,8 @@ def judge(candidates, dataset, metric, args):
 
     labels = dataset.labels.numpy()
     queries = len(dataset.lists[metric])
-    is_enough = queries >= 20
-    if metric not in RANKING:  # of all pairs together
-        is_enough = is_enough and 20 <= (labels >= 0.5).sum() <= len(labels) - 20
+    too_few = too_few_of(dataset, metric)
+    is_enough = not too_few
     kept = best
     if is_enough and args["load_best_model_at_end"] and best.quality < base.quality:
         kept = base
@@ -3107,6 +3377,8 @@ def judge(candidates, dataset, metric, args):
         delta["mean"] = float(gains.mean())
         if is_enough:
             delta["ci95"] = confidence_interval(gains, args["seed"])
+            if delta["ci95"] is None:
+                too_few["queries that changed"] = int((np.abs(gains) > 1e-9).sum())
         if metric in RANKING:
             delta["queries_up"] = (gains > 1e-9).sum().item()
             delta["queries_down"] = (gains < -1e-9).sum().item()
@@ -3128,6 +3400,7 @@ def judge(candidates, dataset, metric, args):
         "fine_tuned": best.metrics,
         "delta": delta,
         "verdict": verdict_of(delta["ci95"]),
+        "too_few": too_few,
         "threshold": threshold_of(kept, labels),
         "history": history,
         "chosen": chosen,
@@ -3195,8 +3468,8 @@ def verdict_text(report, args):
             f"look for wrong labels; then a lower lr than {args['lr']} or fewer epochs",
         ),
         "too few": (
-            "too few queries to tell",
-            "evaluate on more: 20 or more, better 100, of which 6 or more change",
+            f"too few {' and '.join(report['too_few'])} to tell",
+            advice_on_too_few(report["too_few"]),
         ),
     }[report["verdict"]]
     lines.append(f"Verdict: {verdict}. {evidence_text(report)}.")
@@ -3216,6 +3489,14 @@ def base_name(args):
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 
+def advice_on_too_few(too_few):
+    """How many it takes of what there are `too_few` of, {what: how many there are}."""
+    parts = []
+    for what, count in too_few.items():
+        parts.append(f"{ENOUGH[what]} or more {what} ({count} here)")
+    return f"evaluate on more data: a verdict takes {' and '.join(parts)}, better 5 times as many"
+
+
 def evidence_text(report):
     """On how many queries the verdict stands, and the gain with its interval where there is one."""
     delta = report["delta"]
@@ -3231,6 +3512,9 @@ def evidence_text(report):
     if counts:
         queries += f" ({', '.join(counts)})"
     if not delta["ci95"]:
+        for what, count in report["too_few"].items():
+            if what != "queries":  # which stand there already
+                queries += f", {count} {what}"
         return queries
 
     metric, mean = report["metric"], delta["mean"]
@@ -3688,7 +3972,8 @@ def main():
         "weight_decay": 0.01,  # float 0..: of AdamW, not on biases and LayerNorm
         "max_grad_norm": 1.0,  # float 0..: gradients are clipped to this norm; 0: never
         "eval_steps": None,  # int 1.. | None: evaluate every so many optimizer steps; None: at the end of each epoch
-        "metric_for_best_model": "auto",  # "auto" | "ndcg@10" | "mrr@10" | "map" | "average_precision": best is best in
+        "metric_for_best_model":
+            "auto",  # "auto" | "ndcg@10" | "mrr@10" | "map" | "hit@1" | "average_precision": best is best in
         "load_best_model_at_end": True,  # bool: keep the best weights, not the last; the base's where all rank below it
         "save_steps": None,  # int 1.. | None: write a checkpoint every so many steps; None: at the end of each epoch
         "save_total_limit": 2,  # int 1..: checkpoints that are kept; a run that ends well removes them all

@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
+from itertools import cycle
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +24,7 @@ from train_bert_rerank import (
     ROW,
     RerankDataset,
     UserError,
+    candidate_lists,
     check_rows,
     check_settings,
     fingerprints,
@@ -84,6 +87,7 @@ def as_rows(rows):
 
 
 # ---- What is refused -------------------------------------------------------------------------------------------------
+EMPTY = "give the query a text at least, or take the line out"
 BAD_LINES = {
     "not_json": (b"query,content,1", "not JSON"),
     "json_cut_short": (b'{"query": "q", "content": "c', "not JSON"),
@@ -128,7 +132,10 @@ BAD_LINES = {
     "label_and_pos": (b'{"query": "q", "pos": ["c"], "label": 1}', "two shapes at once"),
     "pos_with_a_blank_text": (b'{"query": "q", "pos": ["c", " "]}', "content is blank"),
     "neg_with_a_number": (b'{"query": "q", "pos": ["c"], "neg": [3]}', "content is no text: 3"),
-    "pos_and_neg_empty": (b'{"query": "q", "pos": [], "neg": []}', "missing"),
+    "pos_and_neg_empty": (b'{"query": "q", "pos": [], "neg": []}', f"pos and neg are empty: {EMPTY}"),
+    "pos_empty_and_neg_null": (b'{"query": "q", "pos": [], "neg": null}', f"pos and neg are empty: {EMPTY}"),
+    "scores_alone_empty": (b'{"query": "q", "pos_scores": [], "neg_scores": []}', f"pos and neg are empty: {EMPTY}"),
+    "hits_empty": (b'{"query": "q", "hits": []}', f"hits is empty: {EMPTY}"),
     "hits_of_texts": (b'{"query": "q", "hits": ["c"]}', "hits a list of"),
     "hits_an_object": (b'{"query": "q", "hits": {"content": "c", "label": 1}}', "hits a list of"),
     "a_hit_without_label": (b'{"query": "q", "hits": [{"content": "c"}]}', "label is missing"),
@@ -146,6 +153,29 @@ def test_a_bad_line_is_refused_with_its_file_line_and_reason(read, tmp_path, bad
     assert head == f"{tmp_path / 'data.jsonl'}: 1 bad line"
     assert complaint.startswith("  line 2: ") and reason in complaint
     assert error.value.exit_status == 1
+
+
+@pytest.mark.parametrize("sample, said", [
+    ({"Query": "q", "content": "c", "label": 1}, 'query is missing: should "Query" read "query"?'),
+    ({" query": "q", "content": "c", "label": 1}, 'query is missing: should " query" read "query"?'),
+    ({"question": "q", "pos": ["c"]}, 'query is missing: should "question" read "query"?'),
+    ({"querry": "q", "hits": [{"content": "c", "label": 1}]}, 'query is missing: should "querry" read "query"?'),
+    ({"query": "q", "contents": "c", "label": 1}, 'content is missing: should "contents" read "content"?'),
+    ({"id": 7, "query": "q", "text": "c", "label": 1}, 'content is missing: should "text" read "content"?'),
+    ({"query": "q", "passage": "c", "content": None}, 'content is missing: should "passage" read "content"?'),
+    ({"query": "q", "positive": ["c"], "negative": []}, 'content is missing: should "positive" read "pos"?'),
+    ({"query": "q", "Hits": []}, 'content is missing: should "Hits" read "hits"?'),
+    ({"query": "q", "content": "c", "score": 0.7}, 'label is missing: should "score" read "label"?'),
+    ({"query": "q", "content": "c", "Label": 1}, 'label is missing: should "Label" read "label"?'),
+    ({"query": "q", "hits": [{"text": "c", "label": 1}]}, 'content is missing: should "text" read "content"?'),
+    ({"query": "q", "hits": [{"content": "c", "score": 1}]}, 'label is missing: should "score" read "label"?'),
+])  # fmt: skip
+def test_a_key_that_is_nearly_right_is_named_beside_the_one_that_is_missing(read, sample, said):
+    with pytest.raises(UserError) as error:
+        read(GOOD + b"\n" + json.dumps(sample).encode())
+    assert str(error.value).splitlines()[1] == f"  line 2: {said}"
+    with pytest.raises(UserError, match="\n  line 1: content is missing\n"):
+        read(b'{"query": "q", "label": 1, "id": 3, "title": "t", "score": 2, "url": "u"}')
 
 
 @pytest.mark.parametrize("text", ["1", "0.5", "relevant", ""])
@@ -456,6 +486,103 @@ def test_what_is_seldom_meant_is_warned_of_with_its_count(capsys, train_rows, ev
     check_rows(*(np.array([(0, number, number + 1, *fingerprints(*pair), label) for number, (*pair, label)
                            in enumerate(rows)], dtype=ROW) for rows in (train_rows, eval_rows)), 0.5)  # fmt: skip
     assert capsys.readouterr().out.splitlines() == [f"Warning: {warning}." for warning in warnings]
+
+
+# The ways in which exports, forms and keyboards write one query, and a person sees no difference.
+ONE_QUERY = "Café S35 怎么重置"
+SPELLINGS = {
+    "space_behind": f"{ONE_QUERY} ",
+    "spaces_before": f"  {ONE_QUERY}",
+    "no_break_space": ONE_QUERY.replace(" ", "\u00a0"),
+    "ideographic_space": ONE_QUERY.replace(" ", "\u3000"),
+    "two_spaces": ONE_QUERY.replace(" ", "  "),
+    "carriage_return": f"{ONE_QUERY}\r",
+    "line_separator": ONE_QUERY.replace(" ", "\u2028"),
+    "tab_and_line_end": f"\t{ONE_QUERY}\n",
+    "zero_width_space": f"{ONE_QUERY}\u200b",
+    "zero_width_joiner": f"\u200d{ONE_QUERY}",
+    "byte_order_mark": f"\ufeff{ONE_QUERY}",
+    "soft_hyphen": ONE_QUERY.replace("f", "f\u00ad"),
+    "direction_marks": f"\u202a{ONE_QUERY}\u202c\u200e",
+    "word_joiner": ONE_QUERY.replace("重", "\u2060重"),
+    "variation_selector": f"{ONE_QUERY}\ufe0f",
+    "null_character": f"{ONE_QUERY}\x00",
+    "nfd": unicodedata.normalize("NFD", ONE_QUERY),
+    "nfd_that_a_zero_width_space_parts": ONE_QUERY.replace("é", "e\u200b\u0301"),
+    "several_at_once": f" \ufeff{unicodedata.normalize('NFD', ONE_QUERY)}\u200b\r\n",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
+def test_a_query_is_one_query_in_whichever_way_it_is_written_and_its_pair_is_told_apart(spelling):
+    plain, written = fingerprints(ONE_QUERY, "c"), fingerprints(spelling, "c")
+    assert written[0] == plain[0] and written[1] != plain[1]
+
+
+@pytest.mark.parametrize("other", [
+    "café S35 怎么重置", "Cafe S35 怎么重置", "Café S35怎么重置", "CaféS35 怎么重置", "Café Ｓ35 怎么重置",
+    "Café S³5 怎么重置", "Café S35 怎麼重置", "Café S35 怎么重置？", "Café S35 怎么重置 \u0601",
+    "Café S35 怎么重置\u3164",
+])  # fmt: skip
+def test_queries_that_differ_to_the_eye_are_two_as_well_where_they_are_written_with_a_space_behind(other):
+    assert fingerprints(f"{other} ", "c")[0] == fingerprints(other, "c")[0] != fingerprints(ONE_QUERY, "c")[0]
+
+
+def test_flags_that_differ_in_their_tags_alone_are_two_queries_with_a_selector_or_without():
+    tags = {chr(code): chr(0xE0000 + code) for code in range(128)}
+    england, scotland = ("🏴" + "".join(map(tags.get, region)) for region in ("gbeng\x7f", "gbsct\x7f"))
+    assert fingerprints(f"{england}\ufe0f", "c")[0] == fingerprints(england, "c")[0] != fingerprints(scotland, "c")[0]
+
+
+def spelled(rows, spellings):
+    """The rows, each with its query in the next of the `spellings`, which are formats."""
+    forms = cycle(spellings)
+    return [{**row, "query": next(forms).format(row["query"])} for row in rows]
+
+
+def test_rows_of_a_query_are_one_candidate_list_and_held_out_together_in_whichever_way_it_is_written(
+    write_jsonl, capsys
+):
+    rows = rows_of(120, queries=40)
+    plain, *_ = load(write_jsonl("plain.jsonl", rows), eval_proportion=0.25)
+    assert "written in several ways" not in capsys.readouterr().out
+    path = write_jsonl("data.jsonl", spelled(rows, ["{}", "{} ", "\u3000{}\u200b"]))
+    settings = check_settings({"train_dataset": path, "eval_proportion": 0.25})
+    train_rows, eval_rows, *_ = load_data(settings)
+    said = capsys.readouterr().out
+    assert len(np.unique(train_rows["query"])) == 30 and len(np.unique(eval_rows["query"])) == 10
+    assert not np.isin(eval_rows["query"], train_rows["query"]).any()
+    assert [rows[number]["query"] for number in train_rows["number"]] == [query for query, *_ in plain], "the same draw"
+    lists = candidate_lists(eval_rows["query"].tolist(), eval_rows["label"])
+    assert [len(list_of_query) for list_of_query in lists["all"]] == [3] * 10
+    assert "Warning: 40 of 40 queries are written in several ways (120 in all), which differ in white space, " in said
+    [places] = re.findall(r"Unicode form alone \((.*), for one\): each counts as one query\.", said)
+    lines = [int(number) for number in re.findall(rf"line (\d+) of {re.escape(path)}", places)]
+    assert len(lines) == 2 and (lines[0] - lines[1]) % 40 == 0
+
+
+def test_a_query_that_is_written_one_way_in_train_and_another_in_eval_data_is_warned_of_as_in_both(
+    write_jsonl, capsys
+):
+    rows = rows_of(20, queries=10)
+    settings = check_settings({
+        "train_dataset": write_jsonl("train.jsonl", rows),
+        "eval_dataset": write_jsonl("other.jsonl", spelled(rows[:6], ["{}\u00a0"])),
+    })  # fmt: skip
+    train_rows, eval_rows, *_ = load_data(settings)
+    check_rows(train_rows, eval_rows, 0.5)
+    said = capsys.readouterr().out
+    assert "Warning: 6 queries are in both train and eval data.\n" in said
+    assert "Warning: 6 of 10 queries are written in several ways (12 in all), " in said
+
+
+def test_of_a_list_of_files_the_ways_to_write_a_query_are_counted_over_all_of_them(write_jsonl, capsys):
+    rows = rows_of(8, queries=4)
+    paths = [write_jsonl("a.jsonl", rows), write_jsonl("b.jsonl", spelled(rows, ["{}\n"]))]
+    load_data(check_settings({"train_dataset": paths, "eval_dataset": None}))
+    said = capsys.readouterr().out
+    assert "Warning: 4 of 4 queries are written in several ways (8 in all), " in said
+    assert all(path in said.partition("Unicode form alone")[2] for path in paths)
 
 
 def test_pairs_and_queries_that_max_len_truncates_are_counted_as_the_tokenizer_counts_them(reranker, dataset, capsys):

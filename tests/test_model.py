@@ -163,7 +163,7 @@ def test_max_len_is_the_number_of_tokens_that_the_model_can_take(tiny_bert, kind
         tokens = model.preprocess(long, usable)
         assert tokens["input_ids"].shape == (1, usable) and model(tokens)["logits"].isfinite().all()
         with pytest.raises((IndexError, RuntimeError)):
-            model(model.preprocess(long, usable + 1))
+            model(model.collate(list(model.encode(long, usable + 1))))
 
 
 def test_a_tokenizer_that_allows_less_than_the_positions_sets_max_len(tmp_path):

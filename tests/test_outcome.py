@@ -304,6 +304,32 @@ def test_under_20_queries_a_worse_model_is_kept_and_the_run_says_so_loudly(data,
     assert re.fullmatch(r"Verdict: too few queries to tell\. 15 queries \(\d+ up, \d+ down, 1 left out\)\.", verdict)
 
 
+def test_under_20_relevant_rows_of_24_queries_the_run_says_so_before_and_after_and_not_that_queries_are_too_few(
+    data, write_jsonl, tmp_path, capsys
+):
+    rows = [{**row, "query": f"{row['query']}{index}"} for index, row in enumerate(read_jsonl(data["eval"])[:24])]
+    relevant = sum(row["label"] for row in rows)
+    settings = settings_of(data, tmp_path / "out", epochs=1, eval_dataset=write_jsonl("few.jsonl", rows))
+    report = train_bert_rerank.train({**settings, "base_interpolation": []})["report"]
+    before, _, after = capsys.readouterr().out.partition("Start training")
+    assert "Warning: none of the 24 eval queries can be ranked, for each of them has one row: " in before
+    assert f"Warning: {relevant} eval relevant rows are too few: a verdict takes 20.\n" in before
+    assert "eval queries are too few" not in before and "too few queries" not in after
+    assert f"Verdict: too few relevant rows to tell. 24 queries, {relevant} relevant rows.\n" in after
+    assert f"takes 20 or more relevant rows ({relevant} here)" in after.splitlines()[-1]
+    assert json.loads((tmp_path / "out" / "eval_report.json").read_text("utf-8"))["too_few"] == report["too_few"]
+    assert (report["verdict"], report["too_few"]) == ("too few", {"relevant rows": relevant})
+
+
+def test_hit_at_1_can_be_what_weights_are_compared_and_judged_by(data, tmp_path, run_main):
+    status, said = run_main(*command_line(settings_of(data, tmp_path / "out", metric_for_best_model="hit@1")))
+    report = json.loads((tmp_path / "out" / "eval_report.json").read_text("utf-8"))
+    assert status == 0 and report["metric"] == "hit@1" and report["verdict"] in said
+    best = max(point["hit@1"] for point in report["history"][1:])
+    assert report["fine_tuned"]["hit@1"] >= best
+    assert f"Step 13, epoch 1: hit@1 {report['history'][1]['hit@1']:.4f}" in said
+
+
 def test_what_a_terminal_cannot_show_does_not_end_a_run(data, run_script):
     done = run_script("--model_name_or_path", TINY, "--epochs", 0, "--eval_dataset", data["eval"], "--mixed_precision",
                       "no", "--output_dir", "输出", PYTHONIOENCODING="ascii")  # fmt: skip

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -109,17 +110,22 @@ def test_train_takes_what_a_dict_leaves_out_from_main(write_jsonl, tmp_path):
 OVERRIDES = [
     ("model_name_or_path", "tiny_reranker", "tiny_reranker"),
     ("model_name_or_path", "123", "123"),
-    ("model_name_or_path", "null", "null"),
+    ("model_name_or_path", "./null", "./null"),
     ("revision", "v1.5", "v1.5"),
     ("revision", "0123456", "0123456"),
     ("revision", "1e5", "1e5"),
     ("revision", "None", None),
     ("revision", "null", None),
+    ("revision", "NONE", None),
     ("trust_remote_code", "true", True),
     ("trust_remote_code", "false", False),
+    ("trust_remote_code", "TRUE", True),
     ("train_dataset", "my data.jsonl", "my data.jsonl"),
     ("train_dataset", '["a.jsonl", "b.jsonl"]', ["a.jsonl", "b.jsonl"]),
     ("eval_dataset", "None", None),
+    ("eval_dataset", "none", None),
+    ("eval_dataset", "Null", None),
+    ("eval_dataset", "./none", "./none"),
     ("eval_dataset", "auto", "auto"),
     ("eval_dataset", "held_out.jsonl", "held_out.jsonl"),
     ("eval_proportion", "0.25", 0.25),
@@ -153,9 +159,12 @@ OVERRIDES = [
     ("mixed_precision", "no", "no"),
     ("mixed_precision", "fp16", "fp16"),
     ("log_with", "None", None),
+    ("log_with", "none", None),
+    ("log_with", "NULL", None),
     ("log_with", "wandb", "wandb"),
     ("eval_steps", "50", 50),
     ("metric_for_best_model", "mrr@10", "mrr@10"),
+    ("metric_for_best_model", "hit@1", "hit@1"),
     ("load_best_model_at_end", "false", False),
     ("save_steps", "500", 500),
     ("save_total_limit", "3", 3),
@@ -199,8 +208,6 @@ WRONG_NAMES = [
     (["--model", "x"], "model", "model_name_or_path"),
     (["--gradient-accumulation-steps", "2"], "gradient-accumulation-steps", "gradient_accumulation_steps"),
     (["--lr", "1e-4", "--epochz", "3", "--seed", "1"], "epochz", "epochs"),
-    (["epochss"], "epochss", "epochs"),
-    (["--train_dataset", "train.jsonl", "train_dataset.jsonl"], "train_dataset.jsonl", "train_dataset"),
     (["--epoch=3"], "epoch", "epochs"),
     (["--batch=auto"], "batch", "batch_size"),
 ]
@@ -211,6 +218,70 @@ def test_an_unknown_key_is_refused_with_the_nearest_key(arguments, name, nearest
     with pytest.raises(UserError, match=f"^unknown setting '?{name}'?; the nearest is {nearest}$") as error:
         check_settings(parse_command_line(arguments))
     assert error.value.exit_status == 2
+
+
+@pytest.mark.parametrize("arguments, argument", [
+    (["--train_dataset", "a.jsonl", "b.jsonl"], "b.jsonl"), (["--train_dataset=a", "b", "--seed", "1"], "b"),
+    (["epochss"], "epochss"), (["-lr", "3"], "-lr"), (["--base_interpolation", "0.25", "0.5"], "0.5"),
+])  # fmt: skip
+def test_a_word_that_belongs_to_no_setting_is_refused_with_how_a_list_is_written(refused, arguments, argument):
+    assert refused(*arguments) == (
+        f"Error: {argument!r} belongs to no setting: each is written --key value, and a list "
+        """--train_dataset '["a.jsonl", "b.jsonl"]'\n"""
+    )
+
+
+@pytest.mark.parametrize("key, value, said", [
+    ("output_dir", "", "output_dir is empty: it should be str"),
+    ("output_dir", "  ", "output_dir is empty: it should be str"),
+    ("train_dataset", "", "train_dataset is empty: it should be str or list"),
+    ("train_dataset", '["a.jsonl", ""]', "train_dataset is empty: it should be str or list"),
+    ("model_name_or_path", "", "model_name_or_path is empty: it should be str"),
+    ("resume_from_checkpoint", "", "resume_from_checkpoint is empty: it should be str or None"),
+    ("revision", "", "revision is empty: it should be str or None"),
+    ("eval_dataset", "", "eval_dataset is empty: it should be str or None"),
+    ("output_dir", "None", "output_dir cannot be None; of a file or folder of that name: ./None"),
+    ("train_dataset", "none", "train_dataset cannot be None; of a file or folder of that name: ./none"),
+    ("train_dataset", '["NULL"]', "train_dataset cannot be None; of a file or folder of that name: ./NULL"),
+    ("model_name_or_path", "null", "model_name_or_path cannot be None; of a file or folder of that name: ./null"),
+    ("train_dataset", "[]", "train_dataset []: there is no such file; a list is written --train_dataset '[\"a.jsonl"),
+    ("train_dataset", "[a, b]", "train_dataset [a, b]: there is no such file; a list is written --train_dataset "),
+    ("train_dataset", "a,b", "train_dataset a,b: there is no such file; a list is written --train_dataset "),
+])  # fmt: skip
+def test_a_text_that_names_nothing_is_refused_by_its_setting_before_anything_is_made(
+    refused, monkeypatch, tmp_path, key, value, said
+):
+    monkeypatch.chdir(tmp_path)
+    assert refused(f"--{key}", value).startswith(f"Error: {said}")
+    with pytest.raises(UserError, match=f"^{re.escape(said)}") as error:
+        train_bert_rerank.train(parse_command_line([f"--{key}", value]))
+    assert error.value.exit_status == 2 and os.listdir(tmp_path) == []
+
+
+def test_a_file_whose_name_looks_like_a_list_is_taken_where_it_is_there(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.jsonl", "[1].jsonl"):
+        with pytest.raises(UserError, match="there is no such file; a list is written"):
+            check_settings({"train_dataset": name})
+        Path(name).write_text("")
+        assert check_settings({"train_dataset": name})["train_dataset"] == name
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert check_settings({"train_dataset": "~/a,b.jsonl"})["train_dataset"] == f"{tmp_path}/a,b.jsonl"
+
+
+def test_a_tilde_is_the_home_folder_in_each_setting_that_is_a_path_and_in_no_other(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # of Windows
+    given = {"model_name_or_path": "~/model", "train_dataset": ["~/a.jsonl", "b~.jsonl"], "eval_dataset": "~/e.jsonl",
+             "output_dir": "~", "resume_from_checkpoint": "~/out/checkpoint-00000001",
+             "query_format": "~/{}"}  # fmt: skip
+    home = str(tmp_path)
+    expected = {"model_name_or_path": f"{home}/model", "train_dataset": [f"{home}/a.jsonl", "b~.jsonl"],
+                "eval_dataset": f"{home}/e.jsonl", "output_dir": home,
+                "resume_from_checkpoint": f"{home}/out/checkpoint-00000001", "query_format": "~/{}"}  # fmt: skip
+    assert check_settings(given) == {**check_settings({}), **expected}
+    assert given["output_dir"] == "~", "the caller's dict stays as it was"
+    assert check_settings(parse_command_line(["--output_dir=~/x"]))["output_dir"] == f"{home}/x"
 
 
 @pytest.mark.parametrize("key", ["eval_dataset", "-eval_dataset", "log_with", "revision"])

@@ -15,6 +15,7 @@ from train_bert_rerank import (
     BertRerankerModel,
     Candidate,
     candidate_lists,
+    choose_metric,
     confidence_interval,
     cross_fit,
     fill_in,
@@ -22,6 +23,7 @@ from train_bert_rerank import (
     judge,
     metric_values,
     set_weights,
+    verdict_text,
 )
 
 ARGS = {"seed": 42, "load_best_model_at_end": True, "epochs": 3, "lr": 1e-4}
@@ -261,6 +263,80 @@ def test_a_row_a_query_has_a_verdict_too_with_twenty_rows_of_each_kind(generator
     assert (worse["verdict"], after.step) == (("worse", 0) if verdict == "better" else ("too few", 1))
 
 
+def single_rows(relevant, irrelevant):
+    """Queries with one row each: nothing to rank, all pairs are measured together."""
+    count = relevant + irrelevant
+    return dataset_of([1.0] * relevant + [0.0] * irrelevant, [1] * count, "average_precision")
+
+
+@pytest.mark.parametrize(("relevant", "irrelevant", "too_few", "what"), [
+    (24, 20, {}, None),
+    (4, 20, {"relevant rows": 4}, "relevant rows"),
+    (20, 19, {"irrelevant rows": 19}, "irrelevant rows"),
+    (14, 10, {"relevant rows": 14, "irrelevant rows": 10}, "relevant rows and irrelevant rows"),
+    (3, 16, {"queries": 19, "relevant rows": 3, "irrelevant rows": 16},
+     "queries and relevant rows and irrelevant rows"),
+])  # fmt: skip
+def test_of_pairs_that_are_measured_together_the_verdict_says_what_there_are_too_few_of(
+    generator, relevant, irrelevant, too_few, what
+):
+    dataset = single_rows(relevant, irrelevant)
+    base, tuned = generator.standard_normal((2, relevant + irrelevant))
+    report, *_ = judged(dataset, base, tuned)
+    assert report["too_few"] == too_few and (report["verdict"] == "too few") == bool(too_few)
+    *_, verdict, advice = verdict_text(report, ARGS | {"model_name_or_path": TINY}).splitlines()
+    if not too_few:
+        assert "too few" not in verdict
+        return
+    evidence = ", ".join([f"{relevant + irrelevant} queries",
+                          *(f"{count} {kind}" for kind, count in too_few.items() if kind != "queries")])  # fmt: skip
+    assert verdict == f"Verdict: too few {what} to tell. {evidence}."
+    needed = " and ".join(f"20 or more {kind} ({count} here)" for kind, count in too_few.items())
+    assert advice == f"Next: evaluate on more data: a verdict takes {needed}, better 5 times as many."
+
+
+@pytest.mark.parametrize(("count", "changed", "what"), [
+    (19, 9, "queries"), (40, 5, "queries that changed"), (40, 0, "queries that changed"),
+])  # fmt: skip
+def test_of_queries_that_are_ranked_too_few_in_all_are_told_from_too_few_that_changed(count, changed, what):
+    places = [1] * changed + [3] * (count - changed)
+    report, *_ = judged(queries_of(count), scores_of([3] * count), scores_of(places))
+    number, needed = (count, 20) if what == "queries" else (changed, 6)
+    assert report["too_few"] == {what: number}
+    *_, verdict, advice = verdict_text(report, ARGS | {"model_name_or_path": TINY}).splitlines()
+    assert verdict.startswith(f"Verdict: too few {what} to tell. {count} queries ({changed} up, 0 down)")
+    assert f"a verdict takes {needed} or more {what} ({number} here), " in advice
+
+
+TOGETHER = "measured by average precision over all pairs, rather than by NDCG@10"
+ONE_ROW_EACH = (
+    "Warning: none of the {} eval queries can be ranked, for each of them has one row: "
+    f"{TOGETHER}; if one query should have several, its text has to be the same in each."
+)
+LABELS_ALIKE = (
+    "Warning: none of the {} eval queries can be ranked, for all rows of a query have one and the same label: "
+    f"{TOGETHER}; give queries both relevant and irrelevant rows."
+)
+
+
+@pytest.mark.parametrize(("labels", "sizes", "said"), [
+    ([1.0, 0.0] * 30, [1] * 60, [ONE_ROW_EACH.format(60)]),
+    ([1.0, 1.0, 0.0, 0.0] * 12, [2] * 24, [LABELS_ALIKE.format(24)]),
+    ([1.0] * 14 + [0.0] * 10, [1] * 24, [
+        ONE_ROW_EACH.format(24),
+        "Warning: 14 eval relevant rows are too few: a verdict takes 20.",
+        "Warning: 10 eval irrelevant rows are too few: a verdict takes 20.",
+    ]),
+], ids=["a row a query", "labels alike", "too few"])  # fmt: skip
+def test_before_training_a_run_says_why_nothing_is_ranked_and_what_there_are_too_few_of(capsys, labels, sizes, said):
+    dataset = dataset_of(labels, sizes)
+    asked = {"metric_for_best_model": "auto", "epochs": 3}
+    assert choose_metric(dataset, asked) == "average_precision"
+    assert capsys.readouterr().out.splitlines() == said
+    choose_metric(dataset, {**asked, "metric_for_best_model": "average_precision"})
+    assert capsys.readouterr().out.splitlines() == said[1:], "it was asked for"
+
+
 # ---- What is kept ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("count", "load_best_model_at_end", "kept"),
@@ -323,7 +399,7 @@ def test_the_report_is_strict_json_of_the_promised_keys(labels, sizes, metric, n
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert set(report) == {
         "dataset", "queries", "queries_left_out", "metric", "before", "after", "fine_tuned", "delta", "verdict",
-        "threshold", "history", "chosen", "base_has_new_head",
+        "too_few", "threshold", "history", "chosen", "base_has_new_head",
     }  # fmt: skip
     keys = {"ndcg@10", "mrr@10", "map", "hit@1", "average_precision", "best_f1"}
     assert set(METRICS) == keys
