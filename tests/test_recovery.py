@@ -951,3 +951,97 @@ def test_with_wandb_a_run_that_goes_on_keeps_its_id_its_keys_and_its_steps(setti
         for step, value in events:
             assert logged[key][step] == pytest.approx(value, rel=1e-6), (key, step)
     assert {"args", "verdict", "loss_curve", "score_distribution"} <= {*logged}
+
+
+# ---- What a stop and a checkpoint need, and no more ------------------------------------------------------------------
+def test_a_stop_on_a_full_disk_that_has_nothing_to_write_ends_as_a_stop(settings, monkeypatch):
+    evaluate, usage = train_bert_rerank.evaluate, shutil.disk_usage
+
+    def stopped(run, step=0, base_interpolation=0.0):
+        if step == 0:
+            return evaluate(run)
+        assert checkpoints_in(run.folder)[-1].name.endswith("00000002")  # saved before it is evaluated
+        monkeypatch.setattr(train_bert_rerank.shutil, "disk_usage", lambda path: usage(path)._replace(free=0))
+        return None  # as where a signal came meanwhile
+
+    monkeypatch.setattr(train_bert_rerank, "evaluate", stopped)
+    with pytest.raises(UserError, match="Stopped by SIGTERM after step 2 of 10") as stop:
+        train_bert_rerank.train(settings)
+    assert stop.value.exit_status == 128 + signal.SIGTERM
+
+
+def test_a_checkpoint_holds_the_scores_of_the_base_and_the_best_evaluation_alone(killed, whole):
+    [*_, last] = checkpoints_in(killed)
+    candidates = torch.load(last / "state.pt", weights_only=True)["progress"]["candidates"]
+    assert [candidate["step"] for candidate in candidates] == [0, 2]  # that of step 4 is evaluated after it is saved
+    assert [candidate["scores"] is None for candidate in candidates] == [False, False]
+
+
+def test_of_many_evaluations_the_results_come_out_though_only_two_keep_their_scores(settings, tmp_path, monkeypatch):
+    kept, drop_scores = [], train_bert_rerank.drop_scores
+
+    def note(candidates, args):
+        drop_scores(candidates, args)
+        kept.append([candidate.step for candidate in candidates if candidate.scores is not None])
+
+    monkeypatch.setattr(train_bert_rerank, "drop_scores", note)
+    report = train_bert_rerank.train({**settings, "eval_steps": 1})["report"]
+    best = report["chosen"] if report["chosen"] != "base" else None
+    assert len(kept) == 11 and all(len(steps) <= 2 and steps[0] == 0 for steps in kept)
+    assert len(report["history"]) == 11
+    if best:
+        assert kept[-1] == [0, best["step"]]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 42 and all(0 <= row["score_after"] <= 1 for row in rows)
+
+
+@pytest.mark.parametrize("edit, is_said", [
+    (("    return (len(groups) - 1)", "    return (len(groups) - 1)"), False),
+    (('"save_steps": None,', '"save_steps": 2,'), False),
+    (("class UserError(Exception):", "# edited\n\n\nclass UserError(Exception):"), True),
+], ids=["as it was", "args edited", "code edited"])  # fmt: skip
+def test_going_on_with_another_script_is_said(settings, killed, tmp_path, edit, is_said):
+    source = (ROOT / "train_bert_rerank.py").read_text(encoding="utf-8")
+    (tmp_path / "train_bert_rerank.py").write_text(source.replace(*edit), encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "train_bert_rerank.py"), *command_line({**settings, **RESUME})]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert ("script_sha256: " in done.stdout) == is_said
+    assert "Going on after step 4" in done.stdout
+
+
+class CpuScaler:
+    """Makes accelerators that scale gradients as in fp16, by torch's own scaler, on the CPU."""
+
+    def __init__(self, monkeypatch):
+        original = train_bert_rerank.make_accelerator
+
+        def make(args, run_dir, precision):
+            accelerator = original(args, run_dir, "no")
+            accelerator.state._mixed_precision = "fp16"
+            accelerator.native_amp = True
+            accelerator.autocast_handler = accelerate.utils.AutocastKwargs(enabled=False)  # in fp32, but scaled
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+            return accelerator
+
+        monkeypatch.setattr(train_bert_rerank, "make_accelerator", make)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_fp16_scaler_ready_for_the_next_step(
+    settings, poisoned, write_jsonl, monkeypatch, capsys
+):
+    CpuScaler(monkeypatch)
+    rows = [{**row, "content": "毳毛"} if index == 3 else row for index, row in enumerate(rows_of(40))]
+    settings = {**settings, "model_name_or_path": poisoned, "train_dataset": write_jsonl("train.jsonl", rows),
+                "epochs": 1, "eval_dataset": None}  # fmt: skip
+    train_bert_rerank.train(settings)
+    out = capsys.readouterr().out
+    assert out.count("is not applied: loss nan") == 1 and "Model saved successfully!" in out
+
+
+def test_three_losses_in_a_row_that_are_not_finite_end_a_run_in_fp16_too(settings, poisoned, write_jsonl, monkeypatch):
+    CpuScaler(monkeypatch)
+    rows = [{**row, "content": "毳毛"} for row in rows_of(40)]
+    settings = {**settings, "model_name_or_path": poisoned, "train_dataset": write_jsonl("train.jsonl", rows)}
+    with pytest.raises(UserError, match="three steps in a row were not applied"):
+        train_bert_rerank.train({**settings, "eval_dataset": None})
