@@ -171,9 +171,9 @@ def advice_on_encoding(path, error):
 
     The commands recode it, each followed by what the first line that is not UTF-8 says then.
     """
-    if error.encoding in ("utf-16", "utf-32"):
-        return (f"begins with the mark of {error.encoding.upper()}, and what follows is none "
-                f"({error.reason}): it is damaged, or its end is missing. Fetch it again")
+    if not error.encoding.startswith("utf-8"):
+        return (f"it begins with the mark of {error.encoding.upper()}, and not all that follows is "
+                f"that ({error.reason}): it is damaged, or its end is missing. Fetch it again")
     number, line, is_utf8 = foreign_line(path)
     if is_utf8:
         return (f"line {number} holds bytes that are not UTF-8, as the lines before it are. Mend "
@@ -182,20 +182,34 @@ def advice_on_encoding(path, error):
 
     lines = []
     for encoding in OTHER_ENCODINGS:
-        try:
-            text = line.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        lines.append(f"{recoding_command(path, encoding)}  # {foreign_part(text)}")
-    text = line.decode("utf-8", "ignore")
-    if not text.isascii():
+        text = decoded(line, encoding)
+        if text:
+            lines.append(f"{recoding_command(path, encoding)}  # {foreign_part(text)}")
+    if is_mostly_utf8(line):
+        text = line.decode("utf-8", "ignore")
         lines.append(f"{recoding_command(path, 'UTF-8', '-c')}  # {foreign_part(text)}")
     if not lines:
-        return (f"line {number} is text in none of UTF-8, {', '.join(OTHER_ENCODINGS)}. Save it as "
-                "UTF-8 with the program that wrote it")
-    problem = (f"line {number} is not UTF-8. Convert what the one of these commands writes whose "
-               "text reads well:")
+        return (f"line {number} is text in none of UTF-8, {', '.join(OTHER_ENCODINGS)}: it is "
+                f"damaged, or the file is no text. {FROM_PROGRAM}")
+    problem = (f"line {number} is not UTF-8. Of these commands, take the one whose text reads "
+               "well, and convert what it writes:")
     return "\n  ".join([problem, *lines])
+
+
+def decoded(line, encoding):
+    """The text of a line in this encoding; "" where it is none."""
+    try:
+        text = line.decode(encoding)
+    except UnicodeDecodeError:
+        return ""
+    return text if all(map(is_of_text, text)) else ""
+
+
+def is_mostly_utf8(line):
+    """Whether of the bytes of a line beyond ASCII more are UTF-8 than not."""
+    foreign = sum(byte >= 128 for byte in line)
+    good = sum(byte >= 128 for byte in line.decode("utf-8", "ignore").encode())
+    return 2 * good > foreign
 
 
 def foreign_line(path):
@@ -439,10 +453,11 @@ def kind_of_lines(path, head):
     for column in zip(*whole, strict=True):
         letters += "i" if all(map(AN_ID.fullmatch, column)) else "t"
 
-    if letters == "iii" and [fields[2] for fields in whole[:2]] == ["1", "2"]:
+    counts = letters == "iii" and [fields[2] for fields in whole[:2]] == ["1", "2"]
+    if counts or (len(head[0]) == 6 and head[0][1] == "Q0"):
         raise UserError(
-            f"{path}: its third column counts, as the ranks of a run do, and is no id of a "
-            "passage. Candidates are read with their texts: qid, pid, query, passage (top1000)")
+            f"{path}: it has the ranks of a run, and does not say which passages are relevant. "
+            "Candidates are read with their texts: qid, pid, query, passage (top1000)")
     if letters == "iiii" and head[0][1] not in ("0", "Q0"):
         return "table"  # four numbers, but qrels have nothing in their second column
     if letters == "ttt" and max(map(len, head[0])) > 30:
@@ -528,6 +543,8 @@ def open_json(path):
     names = list(dict.fromkeys(chain.from_iterable(head)))
     if head and not names:
         raise UserError(f"{path}: its objects are empty. {OBJECT_ADVICE}")
+    if len(head) == 1:
+        check_is_flat(path, head[0])
 
     def rows():
         for number, row in enumerate(chain(head, objects), start=1):
@@ -536,6 +553,18 @@ def open_json(path):
             yield f"row {number}", values + keys_of_its_own
 
     return Table(path, names, rows())
+
+
+def check_is_flat(path, only_object):
+    """UserError where the only object of a JSON file has the rows in a list of its own."""
+    for name, value in only_object.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            code = ("import json, sys; [print(json.dumps(row)) for row in "
+                    'json.load(open(sys.argv[1], encoding="utf-8-sig"))[sys.argv[2]]]')
+            words = shlex.join(["python", "-c", code, path, name])
+            output = shlex.quote(f"{Path(path).stem}.{name}.jsonl")
+            raise UserError(f"{path}: it is one object, with a list of objects in {name}. If these "
+                            f"are the rows, convert what this command writes:\n  {words} > {output}")
 
 
 def json_objects(path):
@@ -547,8 +576,8 @@ def json_objects(path):
                 raise UserError(f"{path}: row {number} is {json.dumps(value)[:40]}. {OBJECT_ADVICE}")
             yield value
     except (json.JSONDecodeError, RepeatedKey, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: row {number + 1} is not JSON: {error}. "
-                        f"{OBJECT_ADVICE}") from error
+        raise UserError(f"{path}: cannot be read: it begins as JSON does, and row {number + 1} is "
+                        f"none: {error}. {OBJECT_ADVICE}") from error
 
 
 def json_values(path):
