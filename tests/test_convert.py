@@ -1,17 +1,29 @@
 """tools/convert_data.py: each shape from real files, what it cannot know refused with a command that decides."""
 
+import bz2
 import csv
 import gzip
 import importlib.util
+import io
 import json
+import lzma
 import os
+import pickle
 import re
 import shlex
+import shutil
+import socket
+import sqlite3
 import subprocess
 import sys
+import tarfile
+import zipfile
 
 import datasets
+import numpy as np
+import pyarrow.feather
 import pytest
+import torch
 from conftest import ROOT, TINY
 
 from train_bert_rerank import read_rows
@@ -343,6 +355,219 @@ def test_the_input_is_not_overwritten(convert, tmp_path, monkeypatch, capsys):
     assert "is an input" in capsys.readouterr().err and path.read_bytes() == before
 
 
+# ---- Files of another encoding ---------------------------------------------------------------------------------------
+TEXT = "query,passage,label\n退款要几天,七天内可退,1\n發票怎麼開,在設置裏開,0\n"
+ROWS = [("退款要几天", "七天内可退", 1), ("發票怎麼開", "在設置裏開", 0)]
+OBJECTS = [dict(zip(("query", "passage", "label"), row, strict=True)) for row in ROWS]
+FRENCH = "query,passage,label\nqui a été là,un élève,1\n"
+TRADITIONAL = "query,passage,label\n發票怎麼開,在設定裡開,1\n"
+
+
+@pytest.mark.parametrize("encoding, mark", [
+    ("utf-16-le", b"\xff\xfe"), ("utf-16-be", b"\xfe\xff"), ("utf-32-le", b"\xff\xfe\0\0"),
+    ("utf-32-be", b"\0\0\xfe\xff")])  # fmt: skip
+@pytest.mark.parametrize("text", [
+    TEXT, TEXT.replace(",", "\t").replace("\n", "\r\n"), json.dumps(OBJECTS, ensure_ascii=False, indent=1),
+    "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in OBJECTS)],
+    ids=["csv", "tsv", "json", "jsonl"])  # fmt: skip
+def test_what_announces_its_encoding_by_a_byte_order_mark_is_read(convert, tmp_path, encoding, mark, text):
+    (tmp_path / "data.x").write_bytes(mark + text.encode(encoding))
+    assert convert("data.x")[0] == ROWS
+    (tmp_path / "data.gz").write_bytes(gzip.compress(mark + text.encode(encoding)))
+    assert convert("data.gz", output="of_gzip.jsonl")[0] == ROWS
+
+
+def test_ids_and_triples_with_a_byte_order_mark_are_read(convert, tmp_path, marco):
+    for name in ("queries.tsv", "collection.tsv", "qrels.tsv"):
+        (tmp_path / name).write_text((tmp_path / name).read_text("utf-8"), "utf-16")
+    rows = convert("queries.tsv", "collection.tsv", "qrels.tsv")[0]
+    assert rows == [(query, marco(number), label) for query, number, label in JUDGED]
+
+
+def run_command(line, folder):
+    """Run a command of a message in a shell, in this folder."""
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    done = subprocess.run(line, shell=True, cwd=folder, env={**os.environ, "PATH": path}, timeout=120, text=True,
+                          capture_output=True, encoding="utf-8")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+OTHER_ENCODINGS = {  # the name in the command, and what the file holds
+    "GB18030": (TEXT, ROWS),
+    "BIG5": (TRADITIONAL, [("發票怎麼開", "在設定裡開", 1)]),
+    "WINDOWS-1252": (FRENCH, [("qui a été là", "un élève", 1)]),
+    "UTF-16LE": (TEXT, ROWS),
+    "UTF-16BE": (TEXT, ROWS),
+    "UTF-32LE": (TEXT, ROWS),
+    "UTF-32BE": (TEXT, ROWS),
+}
+
+
+@pytest.mark.parametrize("name", ["a b.csv", "数据.csv.gz"])
+@pytest.mark.parametrize("encoding", OTHER_ENCODINGS)
+def test_the_command_for_another_encoding_works_as_it_is_copied(convert, tmp_path, encoding, name):
+    text, rows = OTHER_ENCODINGS[encoding]
+    data = text.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    status, message = convert(name)
+    [line] = [line for line in message.splitlines() if f"-f {encoding} " in line]
+    assert status == 1 and message.startswith(name)
+    if "UTF" not in encoding:
+        assert line.rpartition("# ")[2] == " ".join(text.splitlines()[1].split()), "what it makes of the text is shown"
+    run_command(line, tmp_path)
+    output = shlex.split(line.partition("#")[0])[-1]
+    assert convert(output)[0] == rows
+
+
+def test_a_damaged_line_of_a_file_in_utf8_is_named_and_not_taken_for_another_encoding(convert, tmp_path):
+    data = TEXT.encode()
+    (tmp_path / "data.csv").write_bytes(data + "退款,好,1\n".encode().replace(b"\xe6", b""))
+    status, message = convert("data.csv")
+    assert status == 1 and "data.csv: line 4 holds bytes that are not UTF-8, as the lines before it are" in message
+    assert [line for line in message.splitlines() if "iconv" in line] == [
+        "  iconv -c -f UTF-8 -t UTF-8 data.csv > data.utf8.csv"]  # fmt: skip
+    (tmp_path / "cut.csv").write_bytes(TEXT.encode("utf-16")[:-1])
+    message = convert("cut.csv")[1]
+    assert message.startswith("cut.csv: it begins with the mark of UTF-16") and "iconv" not in message
+
+
+# ---- Files that are no text ------------------------------------------------------------------------------------------
+def zip_of(*names):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            archive.writestr(name, TEXT)
+    return file.getvalue()
+
+
+def ods():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("mimetype", "application/vnd.oasis.opendocument.spreadsheet")
+    return file.getvalue()
+
+
+def saved(save, *arguments):
+    file = io.BytesIO()
+    save(*arguments, file)
+    return file.getvalue()
+
+
+def tar_of(data):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        entry = tarfile.TarInfo("rows.csv")
+        entry.size = len(data)
+        archive.addfile(entry, io.BytesIO(data))
+    return file.getvalue()
+
+
+NO_TEXT = {  # first bytes, and what is said of them
+    "xlsx": (zip_of("[Content_Types].xml", "xl/workbook.xml"), "Excel workbook (xlsx). Open it in Excel", "CSV UTF-8"),
+    "xls": (bytes.fromhex("d0cf11e0a1b11ae1") + bytes(600), "an Excel (xls)", "save its sheet as 'CSV UTF-8'"),
+    "xls that is HTML": (b"<html><table><tr><td>a</td></tr></table></html>", "HTML (which", "CSV UTF-8"),
+    "ods": (ods(), "LibreOffice spreadsheet (ods)", "CSV UTF-8"),
+    "docx": (zip_of("[Content_Types].xml", "word/document.xml"), "Word document (docx)", "into a spreadsheet"),
+    "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "a PDF", "into a spreadsheet"),
+    "rtf": (b"{\\rtf1\\ansi a}", "RTF", "into a spreadsheet"),
+    "npz": (zip_of("a.npy"), "NumPy arrays", "JSONL or parquet"),
+    "npy": (saved(lambda file: np.save(file, np.zeros(3))), "a NumPy array", "JSONL or parquet"),
+    "pt": (saved(lambda file: torch.save({}, file)), "data of PyTorch", "JSONL or parquet"),
+    "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(9), "a 7z archive", "7z x data.x"),
+    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of Git LFS", "git lfs pull"),
+    "zeros": (bytes(500), "a binary file", "JSONL or parquet"),
+    "a picture": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a binary file", "JSONL or parquet"),
+    "a workbook in gzip": (gzip.compress(zip_of("xl/workbook.xml")), "Excel workbook", "gzip -cd data.x > "),
+}
+
+
+@pytest.mark.parametrize("data, kind, advice", NO_TEXT.values(), ids=NO_TEXT)
+def test_a_file_that_is_no_text_is_told_by_what_is_in_it(convert, tmp_path, data, kind, advice):
+    (tmp_path / "data.x").write_bytes(data)
+    status, message = convert("data.x")
+    assert status == 1 and message.startswith("data.x: ") and kind in message and advice in message
+    assert "iconv" not in message and "--columns" not in message
+
+
+def write_sqlite(path):
+    connection = sqlite3.connect(path)
+    connection.execute("create table NAME (query, passage, label)")
+    connection.executemany("insert into NAME values (?, ?, ?)", ROWS)
+    connection.commit()
+    connection.close()
+
+
+TABLE = {name: [row[name] for row in OBJECTS] for name in OBJECTS[0]}
+UNPACKED = {  # how it is written, and the file that is there after the command
+    "zip": (lambda path: path.write_bytes(zip_of("rows.csv")), "rows.csv"),
+    "tar": (lambda path: path.write_bytes(tar_of(TEXT.encode())), "rows.csv"),
+    "tar.gz": (lambda path: path.write_bytes(gzip.compress(tar_of(TEXT.encode()))), "rows.csv"),
+    "bz2": (lambda path: path.write_bytes(bz2.compress(TEXT.encode())), "my data"),
+    "xz": (lambda path: path.write_bytes(lzma.compress(TEXT.encode())), "my data"),
+    "gzip twice": (lambda path: path.write_bytes(gzip.compress(gzip.compress(TEXT.encode()))), "my data.unpacked"),
+    "parquet in gzip": (lambda path: path.write_bytes(gzip.compress(saved(
+        datasets.Dataset.from_dict(TABLE).to_parquet))), "my data.unpacked"),
+    "sqlite": (write_sqlite, "my data.csv"),
+    "feather": (lambda path: pyarrow.feather.write_feather(pyarrow.table(TABLE), path), "my data.parquet"),
+    "pickle": (lambda path: path.write_bytes(pickle.dumps(OBJECTS)), "my data.parquet"),
+    "one object": (lambda path: path.write_text(json.dumps({"version": 1, "rows": OBJECTS})), "my data.rows.jsonl"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("write, output", UNPACKED.values(), ids=UNPACKED)
+def test_the_command_that_unpacks_a_file_works_as_it_is_copied(convert, tmp_path, write, output):
+    write(tmp_path / "my data.x")
+    status, message = convert("my data.x")
+    assert status == 1 and message.startswith("my data.x: ")
+    [line] = [line for line in message.splitlines() if line.startswith("  ")]
+    if shutil.which(shlex.split(line)[0]) is None:
+        pytest.skip(f"this machine has no {shlex.split(line)[0]}")
+    run_command(line, tmp_path)
+    assert convert(output)[0] == ROWS
+
+
+# ---- What is no table ------------------------------------------------------------------------------------------------
+NO_TABLE = {
+    "a list without items": (b"[]", "no rows"),
+    "an object without keys": (b"{}", "its objects are empty"),
+    "a list of empty objects": (b"[{}]", "its objects are empty"),
+    "null before an object": (b'[null, {"query": "a"}]', "row 1 is null. Each row should be an object"),
+    "lists a line": (b'["a", "b", 1]\n["c", "d", 0]\n', 'row 1 is "a". Each row should be an object'),
+    "a key twice": (b'{"query": "a", "query": "b"}', "query is there twice"),
+    "too deep": (b'{"query": ' + b"[" * 5000 + b"]" * 5000 + b"}", "row 1 is none: maximum recursion"),
+    "a label of 400 digits": (b'{"query": "a", "passage": "b", "label": ' + b"9" * 400 + b"}", "is no number"),
+    "three words a line": (b"hello dear averyveryveryveryverylongword\nhow are you\n", "it has one column, hello dear"),
+    "bars": (b"query|passage|label\na|b|1\n", "it has one column, query|passage|label"),
+    "TREC's run": (b"10 Q0 3 1 12.5 bm25\n10 Q0 4 2 11.5 bm25\n", "it has the ranks of a run"),
+}
+
+
+@pytest.mark.parametrize("data, problem", NO_TABLE.values(), ids=NO_TABLE)
+def test_what_is_no_table_is_one_message(convert, tmp_path, data, problem):
+    (tmp_path / "data.x").write_bytes(data)
+    status, message = convert("data.x")
+    assert status == 1 and "data.x: " in message and problem in message and "=NAME" not in message
+
+
+def test_an_output_that_is_no_file_is_refused_and_stays(convert, tmp_path, monkeypatch, capsys):
+    write_csv(tmp_path / "data.csv", [("query", "passage", "label"), (Q, D, 1)])
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for output, problem in [(".", "'.' is a folder"), ("", "'' is a folder"), ("folder", "'folder' is a folder"),
+                            ("pipe", "pipe is a device or a pipe"), ("data.csv/a", "data.csv is no folder")]:
+        monkeypatch.setattr(sys, "argv", ["convert_data.py", "data.csv", "--output", output])
+        with pytest.raises(SystemExit):
+            tool.main()
+        assert problem in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.csv", "folder", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_pipe_as_an_input_is_refused(convert, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert convert("pipe")[1].startswith("pipe: no regular file: save it as one")
+
+
 # ---- MS MARCO --------------------------------------------------------------------------------------------------------
 def test_triples_of_texts_without_a_header_take_quotes_as_they_are(convert, tmp_path):
     write_lines(tmp_path / "triples.train.small.tsv", ("what is caffeine", f'"{PASSAGE}', 'a "b'),
@@ -424,6 +649,37 @@ def test_what_ids_lack_is_said(convert, tmp_path, marco):
         "  collection.tsv: line 2: 1 fields instead of 2", "  collection.tsv: line 3: 3 fields instead of 2"]
     write_lines(tmp_path / "run.tsv", (10, 3, 1), (10, 4, 2))
     assert "ranks of a run" in convert("run.tsv", "queries.tsv", "collection.tsv")[1]
+
+
+@pytest.mark.parametrize("lines, ways", [
+    ("10 Q0 3 2\n12 Q0 4 0\n", ["query=1", "content=3", "label=4"]),
+    ("10 3 2\n12 4 0\n", ["query=1", "content=2", "label=3"]),
+])  # fmt: skip
+def test_named_columns_of_lines_with_spaces_are_read_and_no_network_is_asked(
+        convert, tmp_path, monkeypatch, lines, ways):  # fmt: skip
+    (tmp_path / "qrels").write_text(lines)
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *host, **_: asked.append(host))
+    assert convert("qrels", "--columns", *ways, labels=(0, 2))[0] == [("10", "3", 2), ("12", "4", 0)]
+    assert not asked
+
+
+@pytest.mark.parametrize("named", [
+    ["query=qrels.tsv", "content=collection.tsv"], ["query=queries.tsv", "content=qrels.tsv"],
+    ["query=queries.tsv", "content=collection.tsv", "label=qrels.tsv"],
+])  # fmt: skip
+def test_files_of_ids_named_wrongly_are_refused_with_the_commands_that_name_them(convert, marco, named):
+    files = ["queries.tsv", "collection.tsv", "qrels.tsv"]
+    status, message = convert(*files, "--columns", *named)
+    assert status == 1 and "--columns names that of the queries and that of the passages" in message
+    rows = convert(*commands_in(message)[0])[0]
+    assert rows == [(query, marco(number), label) for query, number, label in JUDGED]
+
+
+def test_a_short_line_of_triples_of_ids_is_named(convert, tmp_path, marco):
+    write_lines(tmp_path / "triples.tsv", (10, 3, 8), (12, 4))
+    status, message = convert("triples.tsv", "queries.tsv", "collection.tsv")
+    assert status == 1 and message.splitlines()[1:] == ["  triples.tsv: line 2: 2 fields instead of 3"]
 
 
 # ---- Against sentence-transformers, and the way from its error to a trained model ------------------------------------

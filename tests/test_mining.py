@@ -226,10 +226,91 @@ def test_killed_and_started_again_gives_the_same_bytes(mine, write_jsonl, tmp_pa
         miner.main()
 
 
+@pytest.fixture
+def stopped(mine, tmp_path, monkeypatch):
+    """Call the tool as it is stopped after all is scored; the path of the sidecar it leaves."""
+
+    def stop(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="no space left"):
+        patch.setattr(miner, "write", stop)
+        mine("out.jsonl", POSITIVES, DOCUMENTS)
+    return tmp_path / "out.jsonl.unfinished"
+
+
+def test_a_sidecar_in_which_nothing_is_done_yet_is_started_afresh(mine, stopped):
+    """It is empty, or its key is cut off."""
+    content = stopped.read_bytes()
+    whole, _ = mine("out.jsonl", POSITIVES, DOCUMENTS)
+    for left in (0, 20, 64):
+        stopped.write_bytes(content[:left])
+        assert mine("out.jsonl", POSITIVES, DOCUMENTS)[0] == whole and not stopped.exists()
+
+
+DAMAGED = {  # what the lines become, the key first, then the candidates, then the scores
+    "zeros": lambda lines: [*lines[:4], bytes(30)],
+    "no JSON": lambda lines: [*lines[:4], b"x"],
+    "a number": lambda lines: [*lines[:4], b"5"],
+    "texts": lambda lines: [*lines[:4], b'["a"]'],
+    "scores of another query": lambda lines: [*lines[:4], b"[0.5]"],
+    "more lines than queries": lambda lines: [*lines, lines[-1]],
+    "fewer candidates than queries": lambda lines: [lines[0], b"[[1]]"],
+    "candidates that the corpus has not": lambda lines: [lines[0], str([[10**6]] * len(POSITIVES)).encode()],
+    "too deep": lambda lines: [lines[0], b"[" * 5000],
+}
+
+
+def test_a_damaged_sidecar_is_an_error_that_says_what_to_do_and_it_works(mine, stopped, tmp_path):
+    lines = stopped.read_bytes().splitlines()
+    for name, damage in DAMAGED.items():
+        left = b"".join(line + b"\n" for line in damage(lines))
+        stopped.write_bytes(left)
+        with pytest.raises(SystemExit, match="out.jsonl.unfinished is damaged: remove it, and the call starts afresh"):
+            mine("out.jsonl", POSITIVES, DOCUMENTS)
+        assert stopped.read_bytes() == left and not (tmp_path / "out.jsonl").exists(), name
+    stopped.unlink()
+    assert mine("out.jsonl", POSITIVES, DOCUMENTS)[0]
+
+
+@pytest.mark.parametrize("output, problem", [
+    (".", "is a folder"), ("", "is a folder"), ("folder", "is a folder"), ("pipe", "is a device or a pipe"),
+    ("file/out.jsonl", "file is no folder")])  # fmt: skip
+def test_an_output_that_is_no_file_is_refused(tmp_path, monkeypatch, output, problem):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    os.mkfifo("pipe")
+    monkeypatch.setattr(sys, "argv", ["tool", "file", "--corpus", "file", "--output", output])
+    with pytest.raises(SystemExit, match=f"^Error: --output .*{problem}"):
+        miner.main()
+
+
+@pytest.mark.parametrize("words, problem", [
+    ("--seed -1", "seed -1: it should be from 0"), ("--min_label nan", "min_label is nan"),
+    ("--max_label inf", "max_label is inf"), ("--relative_margin nan", "relative_margin is nan")])  # fmt: skip
+def test_a_number_that_can_be_none_is_refused(tmp_path, monkeypatch, words, problem):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tool", "rows", "--corpus", "rows", "--output", "out", *words.split()])
+    with pytest.raises(SystemExit, match=f"^Error: {problem}"):
+        miner.main()
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-16"])
+def test_a_corpus_of_another_encoding_is_told_with_the_command_that_mends_it(mine, tmp_path, encoding):
+    corpus = tmp_path / "a corpus.tsv"
+    corpus.write_text("".join(f"{len(text)}\t{text}\n" for text in DOCUMENTS), encoding)
+    with pytest.raises(SystemExit, match="  line 2: not UTF-8\n") as error:
+        mine("out.jsonl", POSITIVES, str(corpus))
+    [line] = [line for line in str(error.value).splitlines() if f" {encoding.upper()} " in line]
+    subprocess.run(line.partition(" is made UTF-8 by: ")[2], shell=True, cwd=tmp_path, check=True)
+    assert mine("out.jsonl", POSITIVES, str(tmp_path / "corpus.utf8"))[0]
+
+
 @pytest.mark.parametrize("name, lines, message", [
     ("corpus.jsonl", ['{"text": "好"}', '{"text": "坏"', '{"id": 3}', '{"text": 4}', '{"text": " "}', "5"],
      r"corpus.jsonl: 5 bad lines\n  line 2: Expecting .*\n  line 3: content is missing\n  line 4: content or title is "
-     r"no text\n  line 5: the text is blank\n  line 6: not a JSON object\nA line of a corpus should be"),
+     r"no text\n  line 5: the text is blank\n  line 6: not a JSON object\nA line of a corpus, in UTF-8, should"),
     ("corpus.tsv", ["1\t好", "", "坏"], r"corpus.tsv: 1 bad lines\n  line 3: neither a JSON object nor id<TAB>text"),
     ("corpus.jsonl", [], r"corpus.jsonl: no lines"),
     ("corpus.jsonl", None, r"corpus.jsonl: cannot be read or copied: No such file"),

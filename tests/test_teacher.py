@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -113,7 +114,7 @@ def test_killed_and_started_again_it_writes_the_same_bytes_and_scores_nothing_tw
 @pytest.mark.parametrize("change", ["teacher", "data", "max_len"])
 def test_what_another_call_left_is_an_error_and_stays(score, write_jsonl, tmp_path, monkeypatch, change):
     path, output = write_jsonl("pairs.jsonl", UNLABELLED), tmp_path / "out.jsonl"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="^Stopped; the same command goes on"):
         patch.setattr(score_with_teacher, "BLOCK", 2)
         patch.setattr(score_with_teacher, "whole_file", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         score(path, "--output", output)
@@ -132,6 +133,80 @@ def test_what_another_call_left_is_an_error_and_stays(score, write_jsonl, tmp_pa
     with pytest.raises(SystemExit, match="unfinished is of a call with other data, teacher or settings: remove it"):
         score(path, "--output", output, *more, teacher=teacher)
     assert (tmp_path / "out.jsonl.unfinished").read_bytes() == left and not output.exists()
+
+
+@pytest.fixture
+def stopped(score, write_jsonl, tmp_path, monkeypatch):
+    """A call that is stopped after all is scored: (path of its pairs, of its output, of its sidecar)."""
+
+    def stop(*_):
+        raise OSError("no space left")
+
+    path, output = write_jsonl("pairs.jsonl", UNLABELLED), tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="no space left"):
+        patch.setattr(score_with_teacher, "write", stop)
+        score(path, "--output", output)
+    return path, output, tmp_path / "out.jsonl.unfinished"
+
+
+def test_a_sidecar_in_which_nothing_is_done_yet_is_started_afresh(score, stopped):
+    """It is empty, or its key is cut off."""
+    path, output, sidecar = stopped
+    content = sidecar.read_bytes()
+    score(path, "--output", output)
+    whole = output.read_bytes()
+    for left in (0, 20, 64):
+        output.unlink()
+        sidecar.write_bytes(content[:left])
+        score(path, "--output", output)
+        assert output.read_bytes() == whole and not sidecar.exists()
+
+
+DAMAGED = {
+    "no JSON": b"x",
+    "a number": b"5",
+    "an object": b"{}",
+    "zeros": bytes(30),
+    "texts": b'["a"]',
+    "lists": b"[[0.5]]",
+    "more scores than pairs": b"[0.5]",
+    "too deep": b"[" * 5000,
+}
+
+
+def test_a_damaged_sidecar_is_an_error_that_says_what_to_do_and_it_works(score, stopped):
+    path, output, sidecar = stopped
+    content = sidecar.read_bytes()
+    for name, line in DAMAGED.items():
+        left = content + line + b"\n"
+        sidecar.write_bytes(left)
+        with pytest.raises(SystemExit, match="unfinished is damaged: remove it, and the pairs are scored again"):
+            score(path, "--output", output)
+        assert sidecar.read_bytes() == left and not output.exists(), name
+    sidecar.unlink()
+    score(path, "--output", output)
+    assert len(read(output)) == len(UNLABELLED)
+
+
+@pytest.mark.parametrize("output, problem", [
+    (".", "is a folder"), ("", "is a folder"), ("folder", "is a folder"), ("pipe", "is a device or a pipe"),
+    ("file/out.jsonl", "file is no folder")])  # fmt: skip
+def test_an_output_that_is_no_file_is_refused(score, tmp_path, monkeypatch, output, problem):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    os.mkfifo("pipe")
+    with pytest.raises(SystemExit, match=f"^Error: --output .*{problem}"):
+        score("file", "--output", output)
+
+
+def test_a_batch_of_no_pairs_is_refused_and_the_next_command_is_quoted(score, write_jsonl, tmp_path, capsys):
+    path = write_jsonl("pairs.jsonl", UNLABELLED)
+    with pytest.raises(SystemExit, match="^Error: batch_size 0: it should be 1 or more"):
+        score(path, "--output", tmp_path / "out.jsonl", "--batch_size", 0)
+    score(path, "--output", tmp_path / "the pairs.jsonl")
+    words = shlex.split(capsys.readouterr().out.rpartition("Next: ")[2])
+    assert words[-1] == str(tmp_path / "the pairs.jsonl")
 
 
 def test_mistakes_end_in_one_message(score, write_jsonl, tmp_path):

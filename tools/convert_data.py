@@ -2,7 +2,7 @@
 
     python tools/convert_data.py INPUT [INPUT …] --output rows.jsonl
 
-An INPUT is, plain or gzip, told apart by what is in it:
+An INPUT is, plain or gzip, in UTF-8 or with the byte-order mark of UTF-16 or UTF-32, told apart by what is in it:
 
 - a table: CSV, TSV, parquet, JSON, JSONL, or a folder that datasets' `save_to_disk` wrote. Columns are known by their
   names (ROLES), or named: `--columns query=问题 content=答案 label=分数`; numbers count the columns of a file without a
@@ -15,10 +15,11 @@ An INPUT is, plain or gzip, told apart by what is in it:
 How it was read is printed. What could mean two things is an error with the commands that decide. A bad row is an error
 too: then nothing is written. No row is skipped; one that repeats another, as the positives of triples do, is written
 once. All is read as a stream; memory holds a fingerprint of each row written, about 80 bytes, and the texts that ids
-name. Parquet, JSON and folders take the package `datasets`.
+name; a JSON list is read whole. Parquet and folders take the package `datasets`.
 """
 
 import argparse
+import codecs
 import csv
 import glob
 import gzip
@@ -29,6 +30,7 @@ import os
 import re
 import shlex
 import sys
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -84,6 +86,17 @@ def command(args, columns=(), split=None):
 
 # ---- Reading text files ----------------------------------------------------------------------
 GZIP_MAGIC = b"\x1f\x8b"
+# What a file begins with that says its encoding. UTF-32's marks come first: one of them begins as
+# one of UTF-16's does.
+BYTE_ORDER_MARKS = {
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+# Encodings that nothing in a file announces, by the names that iconv and Python share.
+WIDE_ENCODINGS = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")  # their ASCII has zero bytes
+OTHER_ENCODINGS = ("GB18030", "BIG5", "WINDOWS-1252")
 
 
 @contextmanager
@@ -94,15 +107,34 @@ def opened(path):
     """
     try:
         with open(path, "rb") as raw:
-            is_gzip = raw.peek(2)[:2] == GZIP_MAGIC
-            yield gzip.open(raw) if is_gzip else raw
+            is_compressed = raw.peek(2)[:2] == GZIP_MAGIC
+            yield gzip.open(raw) if is_compressed else raw
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 ({error.reason}). Save it as UTF-8; Chinese from Excel: "
-            f"iconv -f GB18030 -t UTF-8 {shlex.quote(path)} > utf8.csv") from error
+        raise UserError(f"{path}: {advice_on_encoding(path, error)}") from error
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read: {reason}") from error
+
+
+@contextmanager
+def opened_text(path, newline):
+    """The text of a file, plain or gzip; `newline` and errors as in open() and opened()."""
+    with opened(path) as file:
+        yield io.TextIOWrapper(file, encoding_of(file.peek(4)), newline=newline)
+
+
+def is_gzip(path):
+    """Whether a file is compressed by gzip."""
+    with open(path, "rb") as file:
+        return file.read(2) == GZIP_MAGIC
+
+
+def encoding_of(start):
+    """The encoding that the first bytes of a file announce; without a mark it should be UTF-8."""
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if start.startswith(mark):
+            return encoding
+    return "utf-8-sig"
 
 
 def plain_records(path, separator):
@@ -110,8 +142,7 @@ def plain_records(path, separator):
 
     Lines are split at `separator`; None: at white space.
     """
-    with opened(path) as file:
-        text = io.TextIOWrapper(file, "utf-8-sig", newline="\n")
+    with opened_text(path, "\n") as text:
         for number, line in enumerate(text, start=1):
             if line.strip():
                 yield number, line.rstrip("\r\n").split(separator)
@@ -122,8 +153,7 @@ def quoted_records(path, separator):
 
     A record whose quoted fields hold line ends counts by its first line.
     """
-    with opened(path) as file:
-        text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    with opened_text(path, "") as text:
         reader = csv.reader(text, delimiter=separator, strict=True)
         number = 1
         try:
@@ -133,6 +163,226 @@ def quoted_records(path, separator):
                 number = reader.line_num + 1
         except csv.Error as error:
             raise UserError(f"{path}: line {number}: {error}") from error
+
+
+# ---- Text in another encoding ----------------------------------------------------------------
+def advice_on_encoding(path, error):
+    """What to do with a file that raised the UnicodeDecodeError `error`.
+
+    The commands recode it, each followed by what the first line that is not UTF-8 says then.
+    """
+    if not error.encoding.startswith("utf-8"):
+        return (f"it begins with the mark of {error.encoding.upper()}, and not all that follows is "
+                f"that ({error.reason}): it is damaged, or its end is missing. Fetch it again")
+    number, line, is_utf8 = foreign_line(path)
+    if is_utf8:
+        return (f"line {number} holds bytes that are not UTF-8, as the lines before it are. Mend "
+                "it, or leave these bytes out and convert what this command writes:\n  "
+                f"{recoding_command(path, 'UTF-8', '-c')}")
+
+    lines = []
+    for encoding in OTHER_ENCODINGS:
+        text = decoded(line, encoding)
+        if text:
+            lines.append(f"{recoding_command(path, encoding)}  # {foreign_part(text)}")
+    if is_mostly_utf8(line):
+        text = line.decode("utf-8", "ignore")
+        lines.append(f"{recoding_command(path, 'UTF-8', '-c')}  # {foreign_part(text)}")
+    if not lines:
+        return (f"line {number} is text in none of UTF-8, {', '.join(OTHER_ENCODINGS)}: it is "
+                f"damaged, or the file is no text. {FROM_PROGRAM}")
+    problem = (f"line {number} is not UTF-8. Of these commands, take the one whose text reads "
+               "well, and convert what it writes:")
+    return "\n  ".join([problem, *lines])
+
+
+def decoded(line, encoding):
+    """The text of a line in this encoding; "" where it is none."""
+    try:
+        text = line.decode(encoding)
+    except UnicodeDecodeError:
+        return ""
+    return text if all(map(is_of_text, text)) else ""
+
+
+def is_mostly_utf8(line):
+    """Whether of the bytes of a line beyond ASCII more are UTF-8 than not."""
+    foreign = sum(byte >= 128 for byte in line)
+    good = sum(byte >= 128 for byte in line.decode("utf-8", "ignore").encode())
+    return 2 * good > foreign
+
+
+def foreign_line(path):
+    """The number and the bytes of the first line that is not UTF-8.
+
+    The third value: whether a line before it has letters beyond ASCII, and so shows that the file
+    is UTF-8.
+    """
+    is_utf8 = False
+    with opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number, line, is_utf8
+            if not line.isascii():
+                is_utf8 = True
+    raise UserError(f"{path} changed while it was read")
+
+
+def foreign_part(text):
+    """About 40 characters of a line, from a little before the first that is not ASCII."""
+    place = next((place for place, letter in enumerate(text) if not letter.isascii()), 0)
+    return " ".join(text[max(place - 10, 0) :].split())[:40]
+
+
+def recoding_command(path, encoding, *options):
+    """The command that writes a file of `encoding` as UTF-8, for a user to copy."""
+    words = ["iconv", *options, "-f", encoding, "-t", "UTF-8"]
+    name = Path(path).name
+    if is_gzip(path):
+        unpack = f"gzip -cd {shlex.quote(path)} | "
+        name = name.removesuffix(".gz")
+    else:
+        unpack = ""
+        words.append(path)
+    output = f"{Path(name).stem}.utf8{Path(name).suffix}"
+    return f"{unpack}{shlex.join(words)} > {shlex.quote(output)}"
+
+
+def wide_encoding_of(start):
+    """Which of WIDE_ENCODINGS the first bytes of a file are text in; None: in none of them."""
+    for encoding in WIDE_ENCODINGS:
+        try:
+            text = codecs.getincrementaldecoder(encoding)().decode(start)
+        except UnicodeDecodeError:
+            continue
+        if "\n" in text and all(map(is_of_text, text)):
+            return encoding
+    return None
+
+
+def is_of_text(letter):
+    """Whether a character stands in texts: it is assigned, and controls nothing but white space."""
+    return letter in "\t\r\n" or unicodedata.category(letter) not in ("Cc", "Cn", "Co", "Cs")
+
+
+# ---- Files that are no text ------------------------------------------------------------------
+# What to do with one; {path} and {stem} are filled in, quoted for a shell.
+FROM_SPREADSHEET = (
+    "Open it in Excel or LibreOffice, save its sheet as 'CSV UTF-8', and convert that file")
+FROM_DOCUMENT = "Copy its table into a spreadsheet, save that as 'CSV UTF-8', and convert that file"
+FROM_PANDAS = (
+    "This command makes parquet of a table in it, which is read here:\n  "
+    "python -c 'import pandas, sys; pandas.DataFrame(pandas.{reader}(sys.argv[1])).to_parquet"
+    "(sys.argv[2])' {{path}} {{stem}}.parquet")
+FROM_PICKLE = FROM_PANDAS.format(reader="read_pickle") + (
+    "\n(reading pickle runs what is in it: only if you trust where it is from)")
+FROM_ARRAY = (
+    "An array has no names of columns: save its texts and labels as CSV in UTF-8, JSONL or parquet")
+FROM_PROGRAM = "With the program that wrote it, save its rows as CSV in UTF-8, JSONL or parquet"
+UNPACKED = "Unpack it, and convert the file that is in it:\n  "
+# What a file that is no table here begins with: what it is, and what to do.
+SIGNATURES = {
+    b"\xd0\xcf\x11\xe0": ("an Excel (xls) or Word (doc) file of the old kind", FROM_SPREADSHEET),
+    b"<html": ("HTML (which some programs call xls)", FROM_SPREADSHEET),
+    b"<!doctype": ("HTML (which some programs call xls)", FROM_SPREADSHEET),
+    b"<table": ("HTML (which some programs call xls)", FROM_SPREADSHEET),
+    b"<?xml": ("XML", FROM_SPREADSHEET),
+    b"%pdf-": ("a PDF", FROM_DOCUMENT),
+    b"{\\rtf": ("RTF", FROM_DOCUMENT),
+    b"sqlite format 3\0": (
+        "an SQLite database",
+        "Put the name of a table, as .tables prints it, in the place of NAME, and convert what "
+        "comes out:\n  sqlite3 -header -csv {path} 'SELECT * FROM NAME' > {stem}.csv"),
+    b"arrow1": ("Feather (an Arrow file)", FROM_PANDAS.format(reader="read_feather")),
+    b"\xff\xff\xff\xff": (
+        "an Arrow stream",
+        "If data-*.arrow stand beside it, give their folder. If not, this command makes parquet of "
+        "it:\n  python -c 'import datasets, sys; datasets.Dataset.from_file(sys.argv[1])"
+        ".to_parquet(sys.argv[2])' {path} {stem}.parquet"),
+    b"\x93numpy": ("a NumPy array", FROM_ARRAY),
+    b"\x89hdf\r\n": ("HDF5", FROM_PANDAS.format(reader="read_hdf")),
+    b"\x80\x02": ("pickle", FROM_PICKLE),
+    b"\x80\x03": ("pickle", FROM_PICKLE),
+    b"\x80\x04": ("pickle", FROM_PICKLE),
+    b"\x80\x05": ("pickle", FROM_PICKLE),
+    b"bzh91ay&sy": ("compressed by bzip2", UNPACKED + "bzip2 -cd {path} > {stem}"),
+    b"\xfd7zxz\0": ("compressed by xz", UNPACKED + "xz -cd {path} > {stem}"),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", UNPACKED + "zstd -cd {path} > {stem}"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", UNPACKED + "7z x {path}"),
+    b"rar!\x1a": ("a rar archive", UNPACKED + "unrar x {path}"),
+    b"version https://git-lfs": (
+        "a pointer of Git LFS to the file, which is not there yet",
+        "Run git lfs pull in its folder, and convert it then"),
+}
+# What a zip file's first bytes hold where it is more than an archive: the names of its parts.
+ZIP_PARTS = {
+    b"xl/": ("an Excel workbook (xlsx)", FROM_SPREADSHEET),
+    b"opendocument.spreadsheet": ("a LibreOffice spreadsheet (ods)", FROM_SPREADSHEET),
+    b"word/": ("a Word document (docx)", FROM_DOCUMENT),
+    b"opendocument.text": ("a LibreOffice document (odt)", FROM_DOCUMENT),
+    b".npy": ("NumPy arrays", FROM_ARRAY),
+    b"data.pkl": ("data of PyTorch", FROM_PROGRAM),
+}
+ZIP_MAGIC = b"PK\x03\x04"
+PARQUET_MAGIC = b"PAR1"
+TAR_MAGIC = slice(257, 262)  # where a tar file says ustar
+
+
+def check_is_text(path, start):
+    """UserError where a file with these first bytes, unpacked, is no text or says no encoding."""
+    kind, advice = kind_of_bytes(start)
+    if kind:
+        raise UserError(f"{path}: {kind}. {advice_on_binary(path, kind, advice)}")
+    has_mark = encoding_of(start) in BYTE_ORDER_MARKS.values()
+    if b"\0" not in start or has_mark or is_utf8_start(start):
+        return
+
+    encoding = wide_encoding_of(start)
+    if encoding:
+        raise UserError(f"{path}: text in {encoding} without a byte-order mark. Convert what this "
+                        f"command writes:\n  {recoding_command(path, encoding)}")
+    raise UserError(f"{path}: a binary file. {FROM_PROGRAM}")
+
+
+def advice_on_binary(path, kind, advice):
+    """The advice of SIGNATURES on a file, with its name; of one in gzip: to unpack it first."""
+    name = Path(path).name
+    if is_gzip(path) and kind != "a tar archive":  # tar unpacks both
+        name = name.removesuffix(".gz")
+        advice = "Unpack it, and run this again on it:\n  gzip -cd {path} > {stem}.unpacked"
+    stem = shlex.quote(Path(name).stem)
+    return advice.format(path=shlex.quote(path), stem=stem)
+
+
+def kind_of_bytes(start):
+    """What a file with these first bytes is, and what to do with it; ("", ""): it may be text."""
+    begin = start.lstrip()[:32].lower()
+    for signature, kind_and_advice in SIGNATURES.items():
+        if begin.startswith(signature):
+            return kind_and_advice
+    if start.startswith(ZIP_MAGIC):
+        for part, kind_and_advice in ZIP_PARTS.items():
+            if part in start:
+                return kind_and_advice
+        return "a zip archive", UNPACKED + "unzip {path}"
+    if start[TAR_MAGIC] == b"ustar":
+        return "a tar archive", UNPACKED + "tar -xf {path}"
+    if start.startswith(GZIP_MAGIC):
+        return "compressed by gzip twice", ""
+    if start.startswith(PARQUET_MAGIC):
+        return "parquet in gzip", ""
+    return "", ""
+
+
+def is_utf8_start(start):
+    """Whether the first bytes of a file are UTF-8, and no more than some of them zero."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return False
+    return start.count(0) * 10 < len(start)
 
 
 # ---- What an input holds ---------------------------------------------------------------------
@@ -170,19 +420,27 @@ def shape_of(path):
     if os.path.isdir(path):
         return Shape("folder")
 
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe can be read only once
+        raise UserError(f"{path}: no regular file: save it as one, and give that")
     with opened(path) as file:
         start = file.read(1 << 16)
-    if start.startswith(b"PAR1"):
+    if start.startswith(PARQUET_MAGIC) and not is_gzip(path):
         return Shape("parquet")
-    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith((b"{", b"[")):
+    check_is_text(path, start)
+    text = start.decode(encoding_of(start), "ignore").strip()
+    if text.startswith(("{", "[")):
         return Shape("json")
 
-    first_line = start.decode("utf-8", "ignore").strip().partition("\n")[0]
+    first_line = text.partition("\n")[0]
     separator = next((mark for mark in "\t,;" if mark in first_line), None)
     if separator in (",", ";"):
         return Shape("table", separator)
     head = [fields for _, fields in islice(plain_records(path, separator), 20)]
-    return Shape(kind_of_lines(path, head), separator)
+    kind = kind_of_lines(path, head)
+    # Texts have spaces in them: what spaces separate are ids alone.
+    if separator is None and kind not in ("qrels", "triples of ids"):
+        return Shape("table", ",")
+    return Shape(kind, separator)
 
 
 def kind_of_lines(path, head):
@@ -195,10 +453,11 @@ def kind_of_lines(path, head):
     for column in zip(*whole, strict=True):
         letters += "i" if all(map(AN_ID.fullmatch, column)) else "t"
 
-    if letters == "iii" and [fields[2] for fields in head[:2]] == ["1", "2"]:
+    counts = letters == "iii" and [fields[2] for fields in whole[:2]] == ["1", "2"]
+    if counts or (len(head[0]) == 6 and head[0][1] == "Q0"):
         raise UserError(
-            f"{path}: its third column counts, as the ranks of a run do, and is no id of a "
-            "passage. Candidates are read with their texts: qid, pid, query, passage (top1000)")
+            f"{path}: it has the ranks of a run, and does not say which passages are relevant. "
+            "Candidates are read with their texts: qid, pid, query, passage (top1000)")
     if letters == "iiii" and head[0][1] not in ("0", "Q0"):
         return "table"  # four numbers, but qrels have nothing in their second column
     if letters == "ttt" and max(map(len, head[0])) > 30:
@@ -231,6 +490,8 @@ def table_records(path, shape, args):
     """Yield the Records of a table, after saying how it is read."""
     if shape.kind in ("table", "triples"):
         table = open_text(path, shape, args.roles)
+    elif shape.kind == "json":
+        table = open_json(path)
     else:
         table = open_dataset(path, shape.kind, args)
     first = next(table.rows, None)
@@ -256,11 +517,10 @@ def open_text(path, shape, roles):
     is_counted = shape.kind == "triples"
     if roles and all(name.isdecimal() for _, name in roles):
         is_counted = True
-    separator = shape.separator or ","
-    if is_counted and separator == "\t":
-        records = plain_records(path, separator)
+    if shape.separator is None or (is_counted and shape.separator == "\t"):
+        records = plain_records(path, shape.separator)
     else:
-        records = quoted_records(path, separator)
+        records = quoted_records(path, shape.separator)
 
     first = next(records, (0, []))
     names = first[1]
@@ -271,8 +531,94 @@ def open_text(path, shape, roles):
     return Table(path, names, rows)
 
 
+OBJECT_ADVICE = 'Each row should be an object, {"query": "…", "content": "…", "label": 1}'
+HEAD = 1000  # objects whose keys are the columns
+JSON_SPACE = re.compile(r"\s*")
+
+
+def open_json(path):
+    """The Table in a JSON file: its columns are the keys of the first objects, its rows objects."""
+    objects = json_objects(path)
+    head = list(islice(objects, HEAD))
+    names = list(dict.fromkeys(chain.from_iterable(head)))
+    if head and not names:
+        raise UserError(f"{path}: its objects are empty. {OBJECT_ADVICE}")
+    if len(head) == 1:
+        check_is_flat(path, head[0])
+
+    def rows():
+        for number, row in enumerate(chain(head, objects), start=1):
+            values = [row.pop(name, None) for name in names]
+            keys_of_its_own = list(row)  # too many values: an error of this row
+            yield f"row {number}", values + keys_of_its_own
+
+    return Table(path, names, rows())
+
+
+def check_is_flat(path, only_object):
+    """UserError where the only object of a JSON file has the rows in a list of its own."""
+    for name, value in only_object.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            code = ("import json, sys; [print(json.dumps(row)) for row in "
+                    'json.load(open(sys.argv[1], encoding="utf-8-sig"))[sys.argv[2]]]')
+            words = shlex.join(["python", "-c", code, path, name])
+            output = shlex.quote(f"{Path(path).stem}.{name}.jsonl")
+            raise UserError(f"{path}: it is one object, with a list of objects in {name}. If these "
+                            f"are the rows, convert what this command writes:\n  {words} > {output}")
+
+
+def json_objects(path):
+    """Yield the objects of a JSON file; UserError where there is anything else."""
+    number = 0
+    try:
+        for number, value in enumerate(json_values(path), start=1):
+            if not isinstance(value, dict):
+                raise UserError(f"{path}: row {number} is {json.dumps(value)[:40]}. {OBJECT_ADVICE}")
+            yield value
+    except (json.JSONDecodeError, RepeatedKey, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: it begins as JSON does, and row {number + 1} is "
+                        f"none: {error}. {OBJECT_ADVICE}") from error
+
+
+def json_values(path):
+    """Yield the values of a JSON file: one a line, or several lines each, or the items of lists."""
+    decoder = json.JSONDecoder(object_pairs_hook=object_of)
+    with opened_text(path, "\n") as file:
+        first = next((line for line in file if line.strip()), "")
+        try:
+            value = decoder.decode(first)
+        except json.JSONDecodeError:
+            value = None
+        if isinstance(value, dict):
+            yield value
+            for line in file:
+                if line.strip():
+                    yield decoder.decode(line)
+            return
+        text = first + file.read()
+
+    end = JSON_SPACE.match(text).end()
+    while end < len(text):
+        value, end = decoder.raw_decode(text, end)
+        yield from value if isinstance(value, list) else [value]
+        end = JSON_SPACE.match(text, end).end()
+
+
+class RepeatedKey(ValueError):
+    """An object of JSON that has a key twice."""
+
+
+def object_of(pairs):
+    """The object of JSON with these (key, value) pairs; RepeatedKey where a key is there twice."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = Counter(key for key, _ in pairs)
+        raise RepeatedKey(f"{keys.most_common(1)[0][0]} is there twice")
+    return value
+
+
 def open_dataset(path, kind, args):
-    """The Table in a file or folder that the package datasets reads."""
+    """The Table in a folder or a parquet file, which the package datasets reads."""
     try:
         import datasets
     except ImportError as error:
@@ -287,7 +633,7 @@ def open_dataset(path, kind, args):
         else:
             data = datasets.load_dataset(kind, data_files=glob.escape(path), split="train",
                                          streaming=True)
-        names = list(data.features or next(iter(data)))
+        names = list(data.features or next(iter(data), {}))
     except unreadable as error:
         hint = ""
         if kind == "folder":
@@ -391,6 +737,10 @@ def roles_of(table, first_row, args):
         columns[role] = [(role, name) for name in columns_like(pattern, table.names)]
     readings = readings_of(columns)
 
+    if len(table.names) == 1:
+        raise UserError(f"{table.path}: it has one column, {table.names[0][:100]}. Rows take two or "
+                        "more, such as query, content and label; in a text, commas, semicolons or "
+                        "tabs are between them")
     if not readings:
         problem = ("no column is known by its name to be the query, or none the document. Name "
                    "them, or count them, query=1 …, if there is no header, in one of three ways")
@@ -514,6 +864,8 @@ def id_records(files, args):
         say(f"{path}: {shape.kind}")
     check_id_files(files)
 
+    check_named_files(files, args)
+
     judged = judged_ids(files)
     texts = texts_of(files, judged)
     if files.misfits:  # a line that fits no more may be why a text is missing
@@ -542,6 +894,17 @@ def check_id_files(files):
             "files of ids are given together: queries and passages (two columns, id and text), "
             "qrels or triples of ids, and top1000 only with qrels. Here are: "
             f"{', '.join(sorted(files.kinds))}")
+
+
+def check_named_files(files, args):
+    """UserError where --columns names anything but the file of the queries and the passages'."""
+    first, second = files.paths_of("texts")
+    named = [path for _, path in args.roles]
+    if named and sorted(named) != sorted([first, second]):
+        lines = ["of files of ids, --columns names that of the queries and that of the passages:"]
+        for queries, passages in ((first, second), (second, first)):
+            lines.append(command(args, [f"query={queries}", f"content={passages}"]))
+        raise UserError("\n  ".join(lines))
 
 
 def judged_ids(files):
@@ -639,7 +1002,7 @@ def number_of(label):
     """A label as a number, an int where it is whole; ValueError where it is none."""
     try:
         number = float(label)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"label {str(label)[:40]} is no number")
@@ -691,6 +1054,8 @@ def write_record(record, file, outcome):
             write_row(row, file, outcome)
     except ValueError as error:
         problem = error
+    except RecursionError:
+        problem = "lists or objects in lists or objects, too deep to be read"
     if problem is not None:
         outcome.bad += 1
         if outcome.bad <= SHOWN:
@@ -743,7 +1108,7 @@ def records_of(args):
     sources = []
     for path, shape in shapes.items():
         if path not in ids:
-            if args.roles and shape.separator:
+            if args.roles and (shape.kind in WIDTHS or shape.kind == "triples"):
                 shape = Shape("table", shape.separator)  # as its columns are named, it is one
             sources.append(table_records(path, shape, args))
     if ids:
@@ -756,8 +1121,8 @@ def convert(args):
     records = records_of(args)
     outcome = Outcome()
     with whole_file(Path(args.output)) as raw:
-        is_gzip = args.output.endswith(".gz")
-        with gzip.GzipFile("", "wb", 6, raw, mtime=0) if is_gzip else nullcontext(raw) as file:
+        compress = args.output.endswith(".gz")
+        with gzip.GzipFile("", "wb", 6, raw, mtime=0) if compress else nullcontext(raw) as file:
             for record in tqdm(records, desc="Converting", unit=" rows"):
                 write_record(record, file, outcome)
         check_outcome(outcome)
@@ -773,13 +1138,31 @@ def roles_named(columns):
 
     roles = [role for role, _ in named]
     documents = [role for role in roles if role not in ("query", "label")]
-    is_known = all(role in ROLES for role in roles)
+    is_known = all(role in ROLES and name for role, name in named)
     if columns and (not is_known or roles.count("query") != 1 or not documents):
         raise UserError(
             "--columns takes ROLE=NAME for one query and one or more documents (content with a "
             "label, positive, negative), such as --columns query=question content=passage "
             "label=grade")
+    names = [name for _, name in named]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--columns names {name} twice")
     return sorted(named, key=lambda pair: list(ROLES).index(pair[0]))
+
+
+def check_output(args):
+    """UserError where the output could not be written, or would replace what is no file of rows."""
+    output = Path(args.output)
+    if not output.name or output.is_dir():
+        raise UserError(f"--output '{args.output}' is a folder: add the name of a file to it")
+    if output.exists() and not output.is_file():  # it would be replaced by a file
+        raise UserError(f"--output {args.output} is a device or a pipe: name a file")
+    for folder in output.parents:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output {args.output}: {folder} is no folder")
+    if os.path.abspath(args.output) in map(os.path.abspath, args.inputs):
+        raise UserError(f"{args.output} is an input: give the output another name")
 
 
 def main():
@@ -797,12 +1180,13 @@ def main():
     csv.field_size_limit(LONGEST_LINE)
     try:
         args.roles = roles_named(args.columns)
-        if os.path.abspath(args.output) in map(os.path.abspath, args.inputs):
-            raise UserError(f"{args.output} is an input: give the output another name")
+        check_output(args)
         convert(args)
     except (UserError, OSError) as error:
         print(f"Error: {printable(error)}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit("Stopped; nothing is written.")
 
 
 if __name__ == "__main__":

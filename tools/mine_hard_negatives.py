@@ -28,6 +28,7 @@ import math
 import os
 import random
 import re
+import shlex
 import sys
 import tempfile
 import zlib
@@ -86,8 +87,9 @@ def read_queries(options, digest):
 
 
 # ---- Corpus ----------------------------------------------------------------------------------
-ADVICE = ('A line of a corpus should be {"content": "…"} in JSON (or text, contents; title before '
-          "it), or id<TAB>text.")
+ADVICE = ('A line of a corpus, in UTF-8, should be {"content": "…"} in JSON (or text, contents; '
+          "title before it), or id<TAB>text.")
+NOT_UTF8 = "not UTF-8"
 GZIP_MAGIC = b"\x1f\x8b"
 SHOWN = 10  # bad lines in a message
 
@@ -132,7 +134,10 @@ def text_of_json(line):
 
 def parse_document(line, is_json):
     """The text of a line of a corpus; ValueError says what is wrong."""
-    text = line.decode("utf-8")
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(NOT_UTF8) from error
     if is_json:
         text = text_of_json(text)
     else:
@@ -192,6 +197,10 @@ def read_corpus(path, store, digest):
 
     if bad_count > SHOWN:
         problems += f"\n  … and {bad_count - SHOWN} more"
+    if NOT_UTF8 in problems:
+        for name, encoding in (("Chinese of Windows", "GB18030"), ("'Unicode text'", "UTF-16")):
+            words = ["iconv", "-f", encoding, "-t", "UTF-8", path]
+            problems += f"\n{name} is made UTF-8 by: {shlex.join(words)} > corpus.utf8"
     if bad_count:
         raise UserError(f"{path}: {bad_count} bad lines{problems}\n{ADVICE}")
     if len(ends) == 1:
@@ -450,20 +459,46 @@ def earlier_lines(sidecar, key):
     """The whole lines after the first, `key`, that an earlier call left in its sidecar."""
     if not sidecar.exists():
         return []
-    first, *lines = sidecar.read_bytes().splitlines(keepends=True)
-    if first.strip() != key:
+    first_line = key + b"\n"
+    content = sidecar.read_bytes()
+    if first_line.startswith(content):  # that call ended before it had written more
+        return []
+    if not content.startswith(first_line):
         raise UserError(f"{sidecar} is of other data, another model or other settings: remove it, "
                         "or change --output")
+    lines = content.splitlines(keepends=True)[1:]
     return [line for line in lines if line.endswith(b"\n")]  # the last may have been cut off
 
 
-def restore(queries, lines):
-    """Give queries what the lines of a sidecar hold; scores may be there of the first alone."""
+def restore(queries, lines, corpus, options):
+    """Give queries what the lines of a sidecar hold; scores may be there of the first alone.
+
+    ValueError where the lines are not of these queries and this corpus.
+    """
     numbers, *scores = map(json.loads, lines)
+    check_lists(numbers, int, len(queries))
     for query, numbers_of_query in zip(queries, numbers, strict=True):
+        if not all(0 <= number < len(corpus) for number in numbers_of_query):
+            raise ValueError("a candidate is not in the corpus")
         query.numbers = numbers_of_query
+
+    if len(scores) > len(queries):
+        raise ValueError("more lines than queries")
+    check_lists(scores, float, len(scores))
     for query, scores_of_query in zip(queries, scores, strict=False):
+        candidates, _ = screen(query, corpus, options)
+        if len(scores_of_query) != len(query.positives) + len(candidates):
+            raise ValueError("a line has not as many scores as its query has texts")
         query.scores = scores_of_query
+
+
+def check_lists(lists, kind, count):
+    """ValueError unless `lists` are `count` lists of values of this kind."""
+    if not isinstance(lists, list) or len(lists) != count:
+        raise ValueError("not as many lists as queries")
+    for values in lists:
+        if not isinstance(values, list) or not all(type(value) is kind for value in values):
+            raise ValueError("other values than there should be")
 
 
 def load_reranker(name):
@@ -485,6 +520,17 @@ def score(model, query, corpus, options):
 # ---- Output and report -----------------------------------------------------------------------
 SHOWN_QUERIES = 5  # in the report, from all over the file
 SHOWN_TEXTS = 3  # of each kind
+
+
+def check_output(output):
+    """UserError where the Path `output` is not one that a file can be written to."""
+    if not output.name or output.is_dir():
+        raise UserError(f"--output '{output}' is a folder: add the name of a file to it")
+    if output.exists() and not output.is_file():
+        raise UserError(f"--output {output} is a device or a pipe: name a file")
+    for folder in output.parents:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output {output}: {folder} is no folder")
 
 
 @dataclass
@@ -578,6 +624,7 @@ WORDS_BY = {"zh": "jieba (zh)", "en": "the English stemmer of PyStemmer (en)"}
 def mine(options):
     """Mine as the command line says; returns the report."""
     output = Path(options.output)
+    check_output(output)
     sidecar = output.with_name(f"{output.name}.unfinished")
     if output.exists() and not sidecar.exists():
         raise UserError(f"{output} exists already: remove it, or take another --output")
@@ -605,9 +652,13 @@ def mine(options):
         if not lines:
             numbers = search(texts, corpus, language, options)
             lines = [json.dumps(numbers).encode() + b"\n"]
+        try:
+            restore(searched, lines, corpus, options)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{sidecar} is damaged: remove it, and the call starts afresh "
+                            f"({error})") from error
         with whole_file(sidecar) as file:  # without a line that was cut off
             file.writelines([key + b"\n", *lines])
-        restore(searched, lines)
 
         model.to(DEVICE)
         with open(sidecar, "ab") as file:
@@ -668,6 +719,12 @@ def parse_command_line():
 
 def check_options(options):
     """UserError where options contradict each other."""
+    for name in ("min_label", "max_label", "max_score", "absolute_margin", "relative_margin"):
+        value = getattr(options, name)
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{name} is {value}: it should be a number")
+    if not 0 <= options.seed < 1 << 32:  # what numpy takes
+        raise UserError(f"seed {options.seed}: it should be from 0 to {(1 << 32) - 1}")
     if options.min_label >= options.max_label:
         raise UserError(f"min_label {options.min_label} is not below max_label {options.max_label}")
     room = options.range_max - options.range_min

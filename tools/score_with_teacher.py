@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import json
 import math
+import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -107,25 +108,45 @@ def key_of(digest, model, options):
     return digest.hexdigest().encode()
 
 
-def resume(sidecar, key):
+def resume(sidecar, key, total):
     """Let the sidecar end behind the last whole block of an earlier call; returns its scores.
 
-    UserError where that call was of other data, another teacher or other settings.
+    UserError where that call was of other data, another teacher or other settings, or what it left
+    are not the scores of `total` pairs or fewer.
     """
-    content = key + b"\n"
+    first_line = key + b"\n"
+    content = b""
     if sidecar.exists():
         content = sidecar.read_bytes()
-        content = content[: content.rfind(b"\n") + 1]  # a line may have been cut off
-    first, *lines = content.splitlines()
-    if first != key:
+    if first_line.startswith(content):  # that call ended before it had written more
+        content = first_line
+    if not content.startswith(first_line):
         raise UserError(f"{sidecar} is of a call with other data, teacher or settings: remove it, "
                         "or take another --output")
 
+    content = content[: content.rfind(b"\n") + 1]  # a line may have been cut off
     scores = []
-    for line in lines:
-        scores += json.loads(line)
+    try:
+        for line in content.splitlines()[1:]:
+            scores += scores_in(line)
+        if len(scores) > total:
+            raise ValueError("more scores than pairs")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{sidecar} is damaged: remove it, and the pairs are scored again "
+                        f"({error})") from error
     sidecar.parent.mkdir(parents=True, exist_ok=True)
     sidecar.write_bytes(content)
+    return scores
+
+
+def scores_in(line):
+    """The scores in a line of a sidecar; ValueError where it holds anything else."""
+    scores = json.loads(line)
+    if not isinstance(scores, list):
+        raise ValueError("a line is no list")
+    for score in scores:
+        if not isinstance(score, float):
+            raise ValueError(f"{str(score)[:40]} is no score")
     return scores
 
 
@@ -140,6 +161,17 @@ def score_rest(model, done, total, options):
 
 
 # ---- Output ----------------------------------------------------------------------------------
+def check_output(output):
+    """UserError where the Path `output` is not one that a file can be written to."""
+    if not output.name or output.is_dir():
+        raise UserError(f"--output '{output}' is a folder: add the name of a file to it")
+    if output.exists() and not output.is_file():
+        raise UserError(f"--output {output} is a device or a pipe: name a file")
+    for folder in output.parents:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output {output}: {folder} is no folder")
+
+
 def write(output, pairs, scores):
     """Write pairs with their scores as labels to `output`, gzip where its name ends so."""
     with whole_file(output) as raw:
@@ -164,6 +196,9 @@ def say_probabilities(scores):
 def score(options):
     """Write options.output from the files options.inputs."""
     output = Path(options.output)
+    check_output(output)
+    if options.batch_size < 1:
+        raise UserError(f"batch_size {options.batch_size}: it should be 1 or more")
     sidecar = output.with_name(f"{output.name}.unfinished")
     if output.exists():
         raise UserError(f"{output} exists already: remove it, or take another --output")
@@ -174,7 +209,7 @@ def score(options):
     total = sum(1 for _ in read_pairs(options.inputs, digest))
     if not total:
         raise UserError(f"{', '.join(options.inputs)}: no pairs. {ADVICE}")
-    scores = resume(sidecar, key_of(digest, model, options))
+    scores = resume(sidecar, key_of(digest, model, options), total)
 
     start = time.perf_counter()
     done = len(scores)
@@ -191,7 +226,7 @@ def score(options):
     if rest > 0:
         say(f"{rest} pairs in {seconds:.1f} s, {rest / seconds:.1f} a second")
     say_probabilities(scores)
-    say(f"Next: python train_bert_rerank.py --train_dataset {output}")
+    say(f"Next: python train_bert_rerank.py --train_dataset {shlex.quote(str(output))}")
 
 
 def main():
@@ -213,6 +248,8 @@ def main():
         score(options)
     except (UserError, OSError) as error:
         sys.exit(f"Error: {printable(error)}")
+    except KeyboardInterrupt:
+        sys.exit("Stopped; the same command goes on from where it was.")
 
 
 if __name__ == "__main__":
