@@ -5,7 +5,7 @@ refusal.
     python benchmarks/architectures.py > docs/architectures.md
 
 Small random models of the architectures with a sequence-classification head in transformers, each
-with a tokenizer of its kind's conventions, and some folders that are not what they seem. The
+with a tokenizer of its kind's conventions, and some folders that are not as they seem. The
 weights are strong: logits of different pairs differ, and whoever ignores padding or segments gets
 others. Each model is loaded by the script, trained for two steps and loaded again. Both times its
 logits are compared with those of transformers, one pair at a time, and of sentence-transformers'
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
@@ -40,17 +41,24 @@ LIMIT = 120  # seconds that a model may take
 # many threads they may use.
 ENGLISH = [
     ("reset", "Hold the power button for ten seconds."),
-    ("how long does the battery last?", "About six hours with the screen on, less when it is cold."),
+    (
+        "how long does the battery last?",
+        "About six hours with the screen on, less when it is cold.",
+    ),
     ("return policy", "You may return what you bought within fourteen days."),
     ("can it be washed", "No."),
-    ("which plug do I need in another country?", "A plain adapter is enough; the charger takes both."),
+    (
+        "which plug do I need in another country?",
+        "A plain adapter is enough; the charger takes both.",
+    ),
     ("the lamp blinks red", "The filter is full: take it out, rinse it, and let it dry for a day."),
 ]
 STRONG_SPREAD = 1.1  # standard deviation of a strong model's logits
 GAINS = (1, 2)  # how strong the matrices are, by turns: which rounds less differs by architecture
 MOST_ROUNDING = TOLERANCE / 3  # that the logits of a strong model have in fp32
-MOST_DRAWS = 10  # of weights, to find such
+MOST_DRAWS = 20  # of weights, to find such
 VISIBLE = 0.05  # what ignoring the padding or the segments changes at least
+TRAINED = 1e-3  # what training changes at least
 
 
 @cache
@@ -141,10 +149,7 @@ ROBERTA = Convention(
 )
 XLM_R = replace(ROBERTA, kind="Unigram")
 MPNET = replace(ROBERTA, kind="WordPiece")
-BART = ROBERTA
-T5 = replace(
-    XLM_R, specials=("<pad>", "</s>", "<unk>", "<s>", "<mask>"), pair="$A </s> $B </s>"
-)
+T5 = replace(XLM_R, specials=("<pad>", "</s>", "<unk>", "<s>", "<mask>"), pair="$A </s> $B </s>")
 XLM = replace(
     ROBERTA, specials=("<s>", "</s>", "<pad>", "<unk>", "<mask>"), pair="<s> $A </s> $B </s>"
 )
@@ -188,21 +193,18 @@ EUROBERT = replace(
 
 @cache
 def trained_model(kind):
-    """The model of a tokenizer trained on the repository's own texts, as tokenizer.json has it."""
+    """The model of a tokenizer made on the repository's own texts, as tokenizer.json has it."""
     from tokenizers import Tokenizer, models, trainers
 
     texts = [text for pair in ENGLISH for text in pair]
     for row in default_rows("default_train_data.jsonl"):
         texts += [row["query"], row["content"]]
 
+    if kind == "Unigram":
+        return {"vocab": frequent_pieces(texts)}
     if kind == "WordPiece":
         model = models.WordPiece(unk_token="[UNK]")
         trainer = trainers.WordPieceTrainer(vocab_size=2500, special_tokens=["[UNK]"])
-    elif kind == "Unigram":
-        model = models.Unigram()
-        trainer = trainers.UnigramTrainer(
-            vocab_size=2500, unk_token="<unk>", special_tokens=["<unk>"]
-        )
     else:
         model = models.BPE()
         alphabet = pre_tokenizer_of(kind).alphabet()
@@ -212,6 +214,20 @@ def trained_model(kind):
     trainer.show_progress = False
     tokenizer.train_from_iterator(texts, trainer)
     return json.loads(tokenizer.to_str())["model"]
+
+
+def frequent_pieces(texts):
+    """[(piece, logarithm of its share)] of all characters and the most frequent longer pieces: the
+    trainer of tokenizers gives other ones each time."""
+    counts = Counter()
+    for text in texts:
+        text = "▁" + text.replace(" ", "▁")
+        for length in (1, 2, 3, 4):
+            counts.update(text[start : start + length] for start in range(len(text) - length + 1))
+
+    pieces = [piece for piece in counts if len(piece) == 1]
+    pieces += [piece for piece, _ in counts.most_common(1500) if len(piece) > 1]
+    return [(piece, math.log(counts[piece] / counts.total())) for piece in pieces]
 
 
 def pre_tokenizer_of(kind):
@@ -281,22 +297,24 @@ class Model:
     """A model that is to be made, and what is peculiar about it."""
 
     name: str
-    model_type: str
-    convention: Convention
+    model_type: str  # transformers' name of the architecture
+    convention: Convention  # of its tokenizer
     settings: dict = field(default_factory=dict)  # of the config, on top of SMALL
     reads_padding: bool = True  # False: tokens after a position, or a mask, change nothing there
     reads_segments: bool = False
     code: str = ""  # of its own, in place of transformers' class
     damage: Callable | None = None  # damage(folder) changes the folder after it is saved
     has_another_head: bool = False  # after the damage
-    is_extra: bool = False
+    is_extra: bool = False  # a folder that is not as it seems
 
     @property
     def trust(self):
+        """trust_remote_code"""
         return bool(self.code)
 
 
 def encoder(model_type, convention, name=None, **settings):
+    """A model whose tokens see all others."""
     has_segments = settings.get("type_vocab_size") != 0
     reads_segments = has_segments and "token_type_ids" in convention.inputs
     return Model(
@@ -310,16 +328,20 @@ def decoder(model_type, convention, name=None, **settings):
 
 
 def extra(name, model, damage=None, code=""):
-    """A folder that is not what it seems."""
+    """A folder that is not as it seems."""
     return replace(model, name=name, damage=damage, code=code, is_extra=True)
 
 
 FEW_HEADS = {"num_key_value_heads": 2, "head_dim": 16}
 
 
-def architectures():
-    """All models, in the order of the table."""
-    models = [
+def models():
+    """All models by their names, in the order of the tables."""
+    return {model.name: model for model in [*encoders(), *others(), *extras()]}
+
+
+def encoders():
+    return [
         encoder("bert", BERT),
         encoder("electra", BERT, embedding_size=64),
         encoder("distilbert", DISTILBERT, dim=64, hidden_dim=128, n_layers=2, n_heads=4),
@@ -354,12 +376,41 @@ def architectures():
         encoder("data2vec-text", ROBERTA, type_vocab_size=1),
         encoder("esm", ROBERTA, mask_token_id=4),
         encoder("modernbert", MODERNBERT, local_attention=16),
+        encoder(
+            "modernbert",
+            MODERNBERT,
+            "modernbert, head on the mean",
+            local_attention=16,
+            classifier_pooling="mean",
+        ),
         encoder("eurobert", EUROBERT, **FEW_HEADS),
+        encoder(
+            "eurobert",
+            EUROBERT,
+            "eurobert, head on the mean",
+            classifier_pooling="mean",
+            **FEW_HEADS,
+        ),
         encoder("flaubert", XLM, emb_dim=64, n_layers=2, n_heads=4),
         encoder("xlm", XLM, emb_dim=64, n_layers=2, n_heads=4),
+        encoder(
+            "xlm",
+            XLM,
+            "xlm, head on the mean",
+            emb_dim=64,
+            n_layers=2,
+            n_heads=4,
+            summary_type="mean",
+        ),
         encoder("xlnet", XLNET, d_model=64, n_layer=2, n_head=4, d_inner=128),
         encoder("funnel", FUNNEL, d_model=64, n_head=4, d_head=16, d_inner=128, block_sizes=[1, 1]),
         encoder("fnet", FNET),
+    ]
+
+
+def others():
+    """Decoders, which score a pair by its last token, and two with both."""
+    return [
         decoder("modernbert-decoder", MODERNBERT, local_attention=16),
         decoder("gpt2", GPT, "gpt2, no padding token"),
         decoder("gpt2", PADDED_GPT),
@@ -373,16 +424,23 @@ def architectures():
         decoder("opt", PADDED_GPT, ffn_dim=128, word_embed_proj_dim=64),
         decoder("bloom", PADDED_GPT),
         decoder("openai-gpt", PADDED_GPT),
-        encoder("bart", BART, "bart, an encoder-decoder", d_model=64, encoder_layers=2),
-        encoder("t5", T5, "t5, an encoder-decoder", d_model=64, d_kv=16, d_ff=128, num_layers=2,
-                num_heads=4, decoder_start_token_id=0),
-    ]  # fmt: skip
-    by_name = {model.name: model for model in models + extras()}
-    return by_name
+        encoder("bart", ROBERTA, "bart, an encoder-decoder", d_model=64, encoder_layers=2),
+        encoder(
+            "t5",
+            T5,
+            "t5, an encoder-decoder",
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+        ),
+    ]
 
 
 def extras():
-    """Folders that are not what they seem."""
+    """Folders that are not as they seem."""
     short = edit_config(num_hidden_layers=1)
     return [
         extra("own code, head on the mean", encoder("xlm-roberta", XLM_R), code=MEAN_HEAD),
@@ -395,6 +453,7 @@ def extras():
             extra("head in modules", encoder("bert", BERT), move_head_to_modules),
             has_another_head=True,
         ),
+        extra("a prompt of sentence-transformers", encoder("bert", BERT), give_prompt),
         extra("bert, a layer less in config.json", encoder("bert", BERT), short),
         extra(
             "modernbert, a layer less in config.json",
@@ -421,10 +480,15 @@ def extras():
             decoder("llama", PADDED_LLAMA, **FEW_HEADS),
             edit_config(pad_token_id=None),
         ),
+        extra(
+            "gpt2, another padding token in config.json",
+            decoder("gpt2", PADDED_GPT),
+            edit_config(pad_token_id=0),
+        ),
     ]
 
 
-# ---- Folders that are not what they seem ---------------------------------------------------------
+# ---- Folders not as they seem --------------------------------------------------------------------
 MEAN_HEAD = '''
 import torch
 from transformers import XLMRobertaForSequenceClassification
@@ -465,6 +529,15 @@ def remove_tokenizer(folder):
     (folder / "tokenizer_config.json").unlink()
 
 
+def give_prompt(folder):
+    """The folder of a CrossEncoder that puts a prompt before each query."""
+    from sentence_transformers import CrossEncoder
+
+    prompts = {"query": "Is this an answer? "}
+    peer = CrossEncoder(str(folder), device="cpu", prompts=prompts, default_prompt_name="query")
+    peer.save_pretrained(str(folder))
+
+
 def move_head_to_modules(folder):
     """The folder of a CrossEncoder whose head is a Dense module on the pooled encoder."""
     import torch
@@ -491,7 +564,7 @@ UNWELCOME = {
 
 def make_model(model, folder):
     """Save a model with strong weights and its tokenizer; returns its logits [24] and how strong it
-    is. Weights are drawn anew until rounding alone cannot explain a difference."""
+    is. Weights are drawn anew until a difference can be seen, and rounding alone is none."""
     import torch
 
     tokenizer = make_tokenizer(model.convention)
@@ -506,19 +579,18 @@ def make_model(model, folder):
         save_strong_network(config, GAINS[seed % 2], folder)
         network, tokenizer = load_plainly(model, folder)
         logits = normalise(network, tokenizer)
-        rounding = change_by_rounding(network, tokenizer, logits)
-        if rounding <= MOST_ROUNDING:
+        strength = {
+            "rounding": change_by_rounding(network, tokenizer, logits),
+            "spread": logits.std().item(),
+            "padding": change_without_mask(network, tokenizer, logits),
+            "segments": change_without_segments(network, tokenizer, logits),
+            "batch": change_in_a_batch(network, tokenizer, logits),
+        }
+        if not list(weaknesses(model, strength)):
             break
 
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    strength = {
-        "rounding": rounding,
-        "spread": logits.std().item(),
-        "padding": change_without_mask(network, tokenizer, logits),
-        "segments": change_without_segments(network, tokenizer, logits),
-        "batch": change_in_a_batch(network, tokenizer, logits),
-    }
     return logits.tolist(), strength
 
 
@@ -820,51 +892,6 @@ def silence(folder):
 
 
 # ---- The page ------------------------------------------------------------------------------------
-def failures_of(outcome):
-    """What is neither equal scores nor a refusal."""
-    failures = list(outcome.failures)
-    for when, differences in (("before", outcome.before), ("after", outcome.after)):
-        for whose, difference in differences.items():
-            if not difference <= TOLERANCE:  # NaN fails too
-                failures.append(f"{when} training {difference:.2g} off {whose}")
-    if outcome.moved is not None and not outcome.moved >= VISIBLE:
-        failures.append(f"training moved logits by {outcome.moved:.2g} only")
-    return failures
-
-
-def shown(number):
-    if number is None:
-        return ""
-    return f"{number:.1e}" if 0 < number < 0.01 else f"{number:.2f}"
-
-
-def one_line(text, length):
-    text = " ".join(text.replace("|", "\\|").split())
-    if len(text) > length:
-        text = text[:length] + "…"
-    return text
-
-
-def row_of(model, outcome):
-    """What the table says about a model."""
-    failures = failures_of(outcome)
-    if failures:
-        result = "**FAILURE** " + one_line("; ".join(failures), 200)
-    elif outcome.refusal:
-        result = "refused: " + one_line(outcome.refusal, 160)
-    else:
-        result = "trained, equal"
-
-    strength = outcome.strength
-    columns = [model.name, result]
-    for differences in (outcome.before, outcome.after):
-        columns += [shown(differences.get(whose)) for whose in ("transformers", "CrossEncoder")]
-    for key in ("batch", "rounding", "spread", "padding", "segments"):
-        columns.append(shown(strength.get(key)))
-    columns.append(shown(outcome.moved))
-    return "| " + " | ".join(columns) + " |"
-
-
 INTRODUCTION = """# Architectures
 
 ```bash
@@ -874,56 +901,133 @@ python benchmarks/architectures.py > docs/architectures.md
 Small random models, each loaded, trained for two steps and loaded again: either all logits of 24
 pairs are those of transformers (one pair at a time) and of sentence-transformers' CrossEncoder (in
 padded batches) to {tolerance}, before and after training, or the model is refused with a message.
-The last columns show that the comparison can tell: the standard deviation of the logits, and by
-how much one of them changes at most where padding is read as text, where all is one segment, and
-by the training.
-"""
-HEADER = """
-| model | outcome | before: off transformers | off CrossEncoder | after: off transformers \
-| off CrossEncoder | transformers in a batch | rounding | deviation | padding read | one segment | training |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+The last table shows that the comparison can tell a difference.
+
+{date}, CPU, Python {python}, {versions}."""
+DIFFERENCES = """
+The largest differences of a logit: before training from transformers and from CrossEncoder, after
+it from both.
+
+| model | outcome | before: transformers | CrossEncoder | after: transformers | CrossEncoder |
+| --- | --- | --- | --- | --- | --- |"""
+STRENGTHS = """
+## How strong the models are
+
+The standard deviation of the logits, then by how much one of them changes at most: where padding
+is read as text, where both texts are one segment, by the training, by rounding (fp32 against fp64),
+and in a padded batch of transformers itself, mask and all. Where the last is no rounding,
+the architecture makes padding part of the score.
+
+| model | deviation | padding read | one segment | training | rounding | in a padded batch |
+| --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def failures_of(outcome):
+    """What is neither equal scores nor a refusal."""
+    failures = list(outcome.failures)
+    for when, differences in (("before", outcome.before), ("after", outcome.after)):
+        for whose, difference in differences.items():
+            if not difference <= TOLERANCE:  # NaN fails too
+                failures.append(f"{when} training {difference:.2g} off {whose}")
+    if outcome.moved is not None and not outcome.moved >= TRAINED:
+        failures.append(f"training moved logits by {outcome.moved:.2g} only")
+    return failures
+
+
+def result_of(outcome):
+    """What came out, in a word."""
+    if failures_of(outcome):
+        return "failed"
+    if outcome.refusal:
+        return "refused"
+    return "trained"
+
+
+def what_it_says(outcome):
+    """What came out, in a line."""
+    result = result_of(outcome)
+    if result == "failed":
+        return "**FAILURE** " + one_line("; ".join(failures_of(outcome)), 250)
+    if result == "refused":
+        when = "in training" if outcome.before else "at loading"
+        return f"refused {when}: " + one_line(outcome.refusal, 160)
+    return "trained, equal"
+
+
+def one_line(text, length):
+    """A text that fits into a cell of a table."""
+    text = " ".join(text.replace("|", "\\|").split())
+    if len(text) > length:
+        text = text[:length] + "…"
+    return text
+
+
+def row(name, text, numbers):
+    """A row of a table, with nothing where there is no number."""
+    cells = [name, *text]
+    for number in numbers:
+        if number is None:
+            cells.append("")
+        elif 0 < number < 0.01:
+            cells.append(f"{number:.1e}")
+        else:
+            cells.append(f"{number:.2f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def row_of_differences(name, outcome):
+    numbers = []
+    for differences in (outcome.before, outcome.after):
+        numbers += [differences.get("transformers"), differences.get("CrossEncoder")]
+    return row(name, [what_it_says(outcome)], numbers)
+
+
+def row_of_strengths(name, outcome):
+    numbers = [outcome.strength.get(key) for key in ("spread", "padding", "segments")]
+    numbers.append(outcome.moved)
+    numbers += [outcome.strength.get(key) for key in ("rounding", "batch")]
+    return row(name, [], numbers)
 
 
 def show(script, models):
     """Look at these models and print the page; returns how many failed."""
     started = time.monotonic()
-    print(INTRODUCTION.format(tolerance=f"{TOLERANCE:g}"))
     packages = ("torch", "transformers", "sentence-transformers", "tokenizers")
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    print(f"{date.today()}, CPU, Python {sys.version.split()[0]}, {versions}.")
-
-    counts = {"trained": 0, "refused": 0, "failed": 0}
-    sections = {"Architectures": [], "Folders that are not what they seem": []}
-    for model in models:
-        title = "Folders that are not what they seem" if model.is_extra else "Architectures"
-        sections[title].append(model)
-    for title, members in sections.items():
-        if not members:
-            continue
-        print(f"\n## {title}\n{HEADER}", flush=True)
-        for model in members:
-            outcome = run_model(script, model)
-            print(row_of(model, outcome), flush=True)
-            counts[result_of(outcome)] += 1
-
-    seconds = time.monotonic() - started
-    print(
-        f"\n{counts['trained']} trained and equal, {counts['refused']} refused, "
-        f"{counts['failed']} failed, in {seconds:.0f} s."
+    introduction = INTRODUCTION.format(
+        tolerance=f"{TOLERANCE:g}",
+        date=date.today(),
+        python=sys.version.split()[0],
+        versions=", ".join(f"{package} {version(package)}" for package in packages),
     )
-    return counts["failed"]
+    print(introduction)
 
+    outcomes = {}
+    for title, is_extra in (("Architectures", False), ("Folders not as they seem", True)):
+        if title != "Architectures":
+            print(f"\n## {title}")
+        print(DIFFERENCES, flush=True)
+        for model in models:
+            if model.is_extra == is_extra:
+                outcomes[model.name] = run_model(script, model)
+                print(row_of_differences(model.name, outcomes[model.name]), flush=True)
 
-def result_of(outcome):
-    if failures_of(outcome):
-        return "failed"
-    return "refused" if outcome.refusal else "trained"
+    print(STRENGTHS)
+    for name, outcome in outcomes.items():
+        print(row_of_strengths(name, outcome))
+
+    results = [result_of(outcome) for outcome in outcomes.values()]
+    print(
+        f"\n{len(results)} models: {results.count('trained')} trained and equal, "
+        f"{results.count('refused')} refused, {results.count('failed')} failed, "
+        f"in {time.monotonic() - started:.0f} s."
+    )
+    return results.count("failed")
 
 
 def main():
     """Look at the models named on the command line, or at all."""
     script = load_script()
-    known = architectures()
+    known = models()
     unknown = [name for name in sys.argv[1:] if name not in known]
     if unknown:
         sys.exit(f"No model {unknown[0]}; there are: {'; '.join(known)}")
