@@ -203,22 +203,22 @@ def trained_model(kind):
     if kind == "Unigram":
         return {"vocab": frequent_pieces(texts)}
     if kind == "WordPiece":
-        model = models.WordPiece(unk_token="[UNK]")
-        trainer = trainers.WordPieceTrainer(vocab_size=2500, special_tokens=["[UNK]"])
-    else:
-        model = models.BPE()
-        alphabet = pre_tokenizer_of(kind).alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet)
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizer_of(kind)
-    trainer.show_progress = False
+        pieces = [piece for piece, _ in frequent_pieces(texts)]
+        return {"vocab": [*pieces, *(f"##{piece}" for piece in pieces)]}
+
+    pre_tokenizer = pre_tokenizer_of(kind)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, initial_alphabet=pre_tokenizer.alphabet(), show_progress=False
+    )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.train_from_iterator(texts, trainer)
     return json.loads(tokenizer.to_str())["model"]
 
 
 def frequent_pieces(texts):
     """[(piece, logarithm of its share)] of all characters and the most frequent longer pieces: the
-    trainer of tokenizers gives other ones each time."""
+    trainers of Unigram and WordPiece give other ones each time."""
     counts = Counter()
     for text in texts:
         text = "▁" + text.replace(" ", "▁")
