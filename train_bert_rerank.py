@@ -1040,9 +1040,9 @@ PROBES = [
 ]
 
 
-def require_no_head_in_modules(name, revision, local_files_only):
-    """UserError where sentence-transformers keeps part of a cross-encoder outside of the model
-    itself: a head in layers of their own, which transformers would leave out."""
+def require_whole_in_transformers(name, revision, local_files_only):
+    """UserError where sentence-transformers keeps part of a cross-encoder outside of the model that
+    transformers loads: a head in layers of its own, or a prompt."""
     files = {}
     for file in ("modules.json", "config_sentence_transformers.json"):
         path = cached_file(
@@ -1058,14 +1058,23 @@ def require_no_head_in_modules(name, revision, local_files_only):
             return
         files[file] = json.loads(Path(path).read_text("utf-8"))
 
+    settings = files["config_sentence_transformers.json"]
+    if settings.get("model_type") != "CrossEncoder":
+        return
     modules = [module["type"].rpartition(".")[2] for module in files["modules.json"]]
-    kind = files["config_sentence_transformers.json"].get("model_type")
-    if kind == "CrossEncoder" and modules != ["Transformer"]:
+    if modules != ["Transformer"]:
         raise UserError(
             f"{name} is a cross-encoder of sentence-transformers that computes its score in modules "
             f"of theirs ({', '.join(modules)}): its trained head would be lost here. Fine-tune it "
             "with sentence-transformers, or start from its encoder with a new head: a copy of the "
             "folder without modules.json"
+        )
+    if settings.get("default_prompt_name"):
+        prompt = settings["prompts"][settings["default_prompt_name"]]
+        raise UserError(
+            f"{name} is a cross-encoder for which sentence-transformers puts {prompt!r} before each "
+            "query, and nobody else does: take default_prompt_name out of a copy's "
+            f"config_sentence_transformers.json, and give --query_format {prompt + '{}'!r}"
         )
 
 
@@ -1087,7 +1096,7 @@ def load_pretrained(name, revision, trust_remote_code, local_files_only):
         "trust_remote_code": trust_remote_code,
         "local_files_only": local_files_only,
     }
-    require_no_head_in_modules(name, revision, local_files_only)
+    require_whole_in_transformers(name, revision, local_files_only)
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     require_vocabulary(tokenizer)
 

@@ -255,6 +255,19 @@ def test_the_way_out_that_the_refusal_names_starts_from_the_encoder_with_a_new_h
     assert BertRerankerModel.from_pretrained(str(tmp_path / "copy")).new_weights
 
 
+def test_a_prompt_of_sentence_transformers_is_refused_and_what_is_advised_gives_its_scores(tmp_path):
+    folder = tmp_path / "prompted"
+    prompted = CrossEncoder(TINY, device="cpu", prompts={"query": "查询："}, default_prompt_name="query")
+    prompted.save_pretrained(str(folder))
+    expected = CrossEncoder(str(folder), device="cpu").predict(TEXTS)
+    with pytest.raises(UserError, match="puts '查询：' before each query.* give --query_format '查询：{}'"):
+        BertRerankerModel.from_pretrained(str(folder))
+    edit_json(folder / "config_sentence_transformers.json", default_prompt_name=None)
+    reranker = BertRerankerModel.from_pretrained(str(folder))
+    reranker.model.config.query_format = "查询：{}"
+    assert reranker.predict(TEXTS) == pytest.approx(expected, abs=1e-6)
+
+
 def test_a_cross_encoder_and_an_embedding_model_saved_by_sentence_transformers_are_loaded(tmp_path):
     CrossEncoder(TINY, device="cpu").save_pretrained(str(tmp_path / "cross_encoder"))
     assert not assert_scores_as_elsewhere(str(tmp_path / "cross_encoder")).new_weights

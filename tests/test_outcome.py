@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import shutil
 from collections import UserList
@@ -16,6 +17,7 @@ from conftest import ROOT, TINY, command_line, rows_of
 from matplotlib.image import imread
 from safetensors.numpy import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModel, AutoTokenizer
 
 import train_bert_rerank
 from train_bert_rerank import BertRerankerModel, UserError, candidate_lists, measure, verdict_text
@@ -281,6 +283,47 @@ def test_a_head_without_a_bias_and_logits_that_are_not_finite_are_left_as_they_a
     model.model.classifier.out_proj.bias = None
     assert shifted() == []
     assert capsys.readouterr().out.count("The logits stand") == 1
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """Folder of tiny_reranker's encoder, without its head."""
+    folder = tmp_path_factory.mktemp("encoder")
+    AutoModel.from_pretrained(TINY).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("relevant, rows", [(20, 40), (5, 30), (1, 60), (0, 30)], ids=str)
+def test_a_new_head_starts_at_the_log_odds_of_the_labels_whatever_they_are(
+    encoder, write_jsonl, tmp_path, capsys, relevant, rows
+):
+    data = [{**row, "label": int(index < relevant)} for index, row in enumerate(rows_of(rows))]
+    settings = {"model_name_or_path": encoder, "train_dataset": write_jsonl("train.jsonl", data), "epochs": 1,
+                "eval_dataset": None, "lr": 0.0, "max_len": 32, "mixed_precision": "no", "log_with": None,
+                "output_dir": str(tmp_path / "out")}  # fmt: skip
+    train_bert_rerank.train(settings)
+    bias = load_file(tmp_path / "out" / "final_model" / "model.safetensors")["classifier.out_proj.bias"].item()
+    share = max(relevant, 0.5) / rows  # none at all counts as half a row
+    assert bias == pytest.approx(math.log(share / (1 - share)), abs=1e-5)
+    assert f"The new head starts at the log-odds of the labels, {bias:+.1f}." in capsys.readouterr().out
+
+
+def test_a_run_whose_loss_is_that_of_a_constant_answer_after_a_third_of_its_steps_says_so(
+    data, encoder, tmp_path, capsys
+):
+    settings = settings_of(data, tmp_path / "out", model_name_or_path=encoder, epochs=3)
+    warning = r"Warning: after 13 of 39 steps the loss, (\S+), is still that of a constant answer, (\S+): nothing has"
+    train_bert_rerank.train({**settings, "lr": 1e-7})
+    [losses] = re.findall(warning, capsys.readouterr().out)
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=0.03)
+
+
+def test_a_run_that_learns_or_is_too_short_to_tell_is_not_said_to_learn_nothing(data, write_jsonl, tmp_path, capsys):
+    train_bert_rerank.train(settings_of(data, tmp_path / "out", epochs=3))
+    short = write_jsonl("short.jsonl", rows_of(90))
+    train_bert_rerank.train(settings_of(data, tmp_path / "short", train_dataset=short, epochs=3, lr=0.0))
+    assert "constant answer" not in capsys.readouterr().out
 
 
 def test_rows_that_training_never_came_to_are_no_rows_to_check(data, tmp_path):
