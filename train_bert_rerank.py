@@ -272,6 +272,7 @@ def check_installation(args):
     """UserError where what the run needs is not installed, or it is launched in a way that it
     cannot use."""
     check_environment()
+    check_names(args)
     packages = ["matplotlib"]
     if args["log_with"]:
         packages.append(args["log_with"])
@@ -294,6 +295,7 @@ NOT_USABLE = {
     "ACCELERATE_USE_TP": "tensor parallelism",
     "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": "SageMaker's own parallelism",
     "ACCELERATE_DYNAMO_BACKEND": "torch.compile",
+    "ACCELERATE_FP8_BACKEND": "fp8",
 }
 OFF = ("", "no", "false", "0", "n", "f", "off")  # as accelerate reads them
 
@@ -324,6 +326,24 @@ def check_environment():
             "CUDA_VISIBLE_DEVICES chooses among GPUs",
             2,
         )
+
+
+def check_names(args):
+    """UserError where a path goes to a library that takes text alone (tokenizers, TensorBoard,
+    wandb), and its bytes are none in this process's encoding."""
+    keys = ["model_name_or_path", "output_dir"]
+    if args["log_with"] == "wandb":
+        keys += ["train_dataset", "eval_dataset"]
+    for key in keys:
+        try:
+            json.dumps(args[key], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{key} {args[key]}: its bytes are no text in {sys.getfilesystemencoding()}, the "
+                "encoding of names here: rename it, or, if it is shown well elsewhere, set "
+                "PYTHONUTF8=1",
+                2,
+            ) from error
 
 
 def parse_command_line(argv):
