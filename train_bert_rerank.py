@@ -26,10 +26,13 @@ in the order in which a run meets it."""
 
 import argparse
 import ast
+import builtins
+import errno
 import gzip
 import hashlib
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
@@ -62,6 +65,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
     gather_object,
     release_memory,
     set_seed,
@@ -112,10 +116,58 @@ def is_first_of_machine():
 
 
 def say(message):
-    """Print once, however many processes there are, above a bar that stands."""
+    """Print once, however many processes there are, above a bar that stands; what the terminal
+    cannot show as "?". Nothing where there is no output, or nobody reads it any more."""
+    if sys.stdout is None:  # closed, as under pythonw
+        return
     if is_main_process():
-        tqdm.write(printable(message), file=sys.stdout)
-        sys.stdout.flush()
+        encoding = sys.stdout.encoding or "utf-8"
+        text = printable(message).encode(encoding, "replace").decode(encoding)
+        with suppress(BrokenPipeError):
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+
+class LastingFile(io.FileIO):
+    """An output that takes, and drops, what nobody reads any more: the pipe's reader has ended
+    (`| head`), or the terminal has gone."""
+
+    def write(self, data):
+        """Write bytes; returns how many were taken."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a full disk is no such case
+                raise
+            return memoryview(data).nbytes
+
+
+def lasting(stream, errors):
+    """A text stream to where `stream` writes that outlasts its reader; `stream` itself where it is
+    no file, as in a notebook; one to nowhere where it is None, closed."""
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8")
+    buffer = getattr(stream, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)  # without a buffer there is none between
+    if type(raw) is not io.FileIO:  # as of a Windows console, or one that lasts already
+        return stream
+    stream.flush()
+    # With no buffer between, nothing is left to be written later, where nobody would see it fail.
+    file = LastingFile(raw.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(file, encoding=stream.encoding, errors=errors, write_through=True)
+
+
+@contextmanager
+def lasting_output():
+    """Within it neither a reader that ends nor a character that a terminal cannot show ends a
+    run."""
+    before = sys.stdout, sys.stderr
+    sys.stdout = lasting(sys.stdout, "replace")
+    sys.stderr = lasting(sys.stderr, "backslashreplace")
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -134,14 +186,34 @@ class Setting(NamedTuple):
     default: object
 
 
+def read_source():
+    """The lines of what main() stands in, a file, a zip file's member or a notebook's cell, and the
+    `args` literal in them. UserError where there is no source, or none with that literal."""
+    try:
+        lines, _ = inspect.findsource(inspect.unwrap(main))
+    except (OSError, TypeError) as error:  # a .pyc alone, `python -`, exec(); compiled to C
+        raise UserError(
+            f"the source of main(), where the settings stand, is missing ({error}): put "
+            "train_bert_rerank.py beside what was made of it, and run or import that file",
+            2,
+        ) from error
+
+    for node in ast.parse("".join(lines)).body:
+        if getattr(node, "name", None) == "main":
+            for part in ast.walk(node):
+                if isinstance(part, ast.Dict):
+                    return lines, part
+    raise UserError(
+        "the source of main() holds no `args`, where the settings stand: it has been edited, or "
+        "another main() has taken its place",
+        2,
+    )
+
+
 def read_settings():
     """{key: Setting} from the `args` literal in main(), the only place where defaults and meanings
     stand."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    lines = source.splitlines()
-    [function] = [node for node in ast.parse(source).body if getattr(node, "name", None) == "main"]
-    literal = next(node for node in ast.walk(function) if isinstance(node, ast.Dict))
-
+    lines, literal = read_source()
     settings = {}
     for key, value in zip(literal.keys, literal.values, strict=True):
         line = lines[value.end_lineno - 1].encode()
@@ -154,7 +226,7 @@ def read_settings():
                 2,
             )
         # Evaluated rather than read as a literal: an edited value may be 2 * 256.
-        default = eval(compile(ast.Expression(value), __file__, "eval"))
+        default = eval(compile(ast.Expression(value), "args in main()", "eval"))
         settings[key.value] = Setting(kinds.split(" | "), meaning, default)
     return settings
 
@@ -262,14 +334,8 @@ def with_home(path):
 def check_installation(args):
     """UserError where what the run needs is not installed, or it is launched in a way that it
     cannot use."""
-    # Processes under FSDP must all do the same forwards: with windows of unequal size they would
-    # hang.
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise UserError(
-            "accelerate asks for FSDP, which this script cannot use: launch with torchrun, or "
-            "--multi_gpu, which overrides it; what saves memory: docs/scaling.md",
-            2,
-        )
+    check_environment()
+    check_names(args)
     packages = ["matplotlib"]
     if args["log_with"]:
         packages.append(args["log_with"])
@@ -278,6 +344,69 @@ def check_installation(args):
         # A folder of that name, as wandb leaves, has none.
         if not getattr(specification, "origin", None):
             raise UserError(f"the package {package} is missing: pip install {package}", 2)
+
+
+# What variables, set by `accelerate config` or by hand, make of any script that uses accelerate, and
+# this one cannot be: processes under FSDP, say, must all do the same forwards, and with windows of
+# unequal size they would hang. (Mixed precision and gradient accumulation have settings here, and
+# accelerate is told those.)
+NOT_USABLE = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism of its own",
+    "ACCELERATE_USE_TP": "tensor parallelism",
+    "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": "SageMaker's own parallelism",
+    "ACCELERATE_DYNAMO_BACKEND": "torch.compile",
+    "ACCELERATE_FP8_BACKEND": "fp8",
+}
+OFF = ("", "no", "false", "0", "n", "f", "off")  # as accelerate reads them
+
+
+def check_environment():
+    """UserError where accelerate's variables ask for what this script cannot do."""
+    for variable, what in NOT_USABLE.items():
+        value = os.environ.get(variable, "")
+        if value.lower() not in OFF:
+            raise UserError(
+                f"accelerate asks for {what}, which this script cannot use: unset {variable} (it "
+                f"is {value}), or launch with torchrun, or --multi_gpu, which overrides it; what "
+                "saves memory: docs/scaling.md",
+                2,
+            )
+
+    uses_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() not in OFF
+    if uses_cpu and torch.accelerator.is_available():
+        raise UserError(
+            "accelerate asks for the CPU: unset ACCELERATE_USE_CPU, and set CUDA_VISIBLE_DEVICES "
+            "to nothing, which hides the GPUs",
+            2,
+        )
+    device = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    if device:
+        raise UserError(
+            f"accelerate asks for the device {device}: unset ACCELERATE_TORCH_DEVICE; "
+            "CUDA_VISIBLE_DEVICES chooses among GPUs",
+            2,
+        )
+
+
+def check_names(args):
+    """UserError where a path goes to a library that takes text alone (tokenizers, TensorBoard,
+    wandb), and its bytes are none in this process's encoding."""
+    keys = ["model_name_or_path", "output_dir"]
+    if args["log_with"] == "wandb":
+        keys += ["train_dataset", "eval_dataset"]
+    for key in keys:
+        try:
+            json.dumps(args[key], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{key} {args[key]}: its bytes are no text in {sys.getfilesystemencoding()}, the "
+                "encoding of names here: rename it, or, if it is shown well elsewhere, set "
+                "PYTHONUTF8=1",
+                2,
+            ) from error
 
 
 def parse_command_line(argv):
@@ -329,7 +458,7 @@ def seed_everything(seed: int) -> None:
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")  # no TF32 on a GPU, no bf16 on a CPU
     # Deterministic mode would also write NaN into each new tensor, to show reads of what was never
     # written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -341,6 +470,60 @@ def seed_everything(seed: int) -> None:
             ":4096:8 is used instead."
         )
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+
+
+def switches_of_torch():
+    """[(where, name, value)] of what seed_everything() sets for the whole process."""
+    cudnn = torch.backends.cudnn
+    places = [
+        (cudnn, "deterministic"),
+        (cudnn, "benchmark"),
+        (cudnn, "allow_tf32"),
+        (torch.utils.deterministic, "fill_uninitialized_memory"),
+    ]
+    if hasattr(cudnn, "conv"):  # the newer names, which older PyTorch lacks
+        matmuls = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        for where in (cudnn.conv, cudnn.rnn, *matmuls):
+            places.append((where, "fp32_precision"))
+
+    switches = []
+    for where, name in places:
+        # Where the process has used the newer name, the older is not to be had.
+        with suppress(RuntimeError):
+            switches.append((where, name, getattr(where, name)))
+    return switches
+
+
+@contextmanager
+def process_as_before():
+    """Whatever a run sets for the whole process is as before at its end: determinism and precision
+    of PyTorch, random states, the variable of cuBLAS."""
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    switches = switches_of_torch()
+    matmul_precision = None
+    with suppress(RuntimeError):  # the same of older and newer names
+        matmul_precision = torch.get_float32_matmul_precision()
+    random_states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(is_deterministic, warn_only=warns_only)
+        if matmul_precision:
+            torch.set_float32_matmul_precision(matmul_precision)
+        for where, name, value in switches:
+            setattr(where, name, value)
+
+        random.setstate(random_states[0])
+        np.random.set_state(random_states[1])
+        torch.set_rng_state(random_states[2])
+        if of_gpus:
+            torch.cuda.set_rng_state_all(of_gpus)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        if workspace is not None:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
 
 
 def has_native_bf16(device):
@@ -404,14 +587,34 @@ def remove(path):
         os.remove(path)
 
 
+# What file systems of other machines, and those in user space, answer where they cannot do a thing
+# at all: a folder to be flushed on CIFS, vboxsf or sshfs, a file to be mapped on many under FUSE.
+NOT_SUPPORTED = (
+    errno.EINVAL, errno.ENODEV, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF,
+)  # fmt: skip
+
+
 def flush_to_disk(*paths):
-    """Let files, and the names in folders, survive a power cut."""
+    """Let files, and the names in folders, survive a power cut, where the file system can; OSError
+    where it fails."""
     for path in paths:
         # Windows opens no folder; a log may be gone.
         with suppress(PermissionError, FileNotFoundError):
             descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                if error.errno not in NOT_SUPPORTED:
+                    raise OSError(error.errno, error.strerror, str(path)) from error
+            finally:
+                os.close(descriptor)
+
+
+def json_bytes(value, indent=None):
+    """`value` as JSON in UTF-8. Of a path whose bytes are no UTF-8, as an older archive or a disk
+    from Windows has them, they stand as escapes, which json.loads() reads as Python's own path."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace")
 
 
 @contextmanager
@@ -980,11 +1183,12 @@ def check_rows(train_rows, eval_rows, middle):
 
 
 # ---- Model ---------------------------------------------------------------------------------------
+TOKENIZER_LOCK = threading.Lock()  # a tokenizer in use by one thread cannot be changed by another
+
+
 def micro_batch_cost(device):
     """What one more micro-batch costs, in padded tokens."""
     return 16 if device.type == "cpu" else 256
-
-
 
 
 def first_token_attention(self, hidden_states, attention_mask=None, *_, **__):
@@ -1364,10 +1568,15 @@ class BertRerankerModel(torch.nn.Module):
 
     @property
     def plain_tokenizer(self):
-        """The tokenizers.Tokenizer underneath, which neither cuts nor pads."""
-        self.tokenizer.backend_tokenizer.no_truncation()
-        self.tokenizer.backend_tokenizer.no_padding()
-        return self.tokenizer.backend_tokenizer
+        """The tokenizers.Tokenizer underneath, which neither cuts nor pads. Several threads may use
+        it: it is changed only where it would cut or pad, before any of them encodes."""
+        tokenizer = self.tokenizer.backend_tokenizer
+        with TOKENIZER_LOCK:
+            if tokenizer.truncation is not None:
+                tokenizer.no_truncation()
+            if tokenizer.padding is not None:
+                tokenizer.no_padding()
+        return tokenizer
 
     @property
     def tokenizer_text(self):
@@ -1658,7 +1867,7 @@ class RerankDataset:
         self.cache = self.cache_file(model)
         if not self.cache.exists():
             self.tokenize(name, model)
-        self.tokens = np.asarray(np.memmap(self.cache, np.int32, "r"))
+        self.tokens = tokens_in(self.cache)
         columns = self.tokens[-3 * (len(rows) + 1) :].reshape(3, -1)
         self.lengths, self.boundaries, cuts = columns[:, :-1]
         self.ends = np.cumsum(self.lengths, dtype=np.int64)
@@ -1729,6 +1938,22 @@ class RerankDataset:
         end = self.ends[index]
         ids = self.tokens[end - self.lengths[index] : end]
         return ids, self.boundaries[index], None  # what was cut was said
+
+
+def tokens_in(cache):
+    """The int32 numbers of a token file, mapped into memory; read into it, which each process does
+    for itself, where the file system maps no files."""
+    try:
+        return np.asarray(np.memmap(cache, np.int32, "r"))
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        megabytes = cache.stat().st_size / 1e6
+        say(
+            f"{cache} cannot be mapped into memory there ({error.strerror}): each process reads "
+            f"its {megabytes:,.1f} MB; an output_dir on a local disk would spare that."
+        )
+        return np.fromfile(cache, np.int32)
 
 
 # ---- Windows -------------------------------------------------------------------------------------
@@ -2348,19 +2573,22 @@ def revision_in_cache(args):
 
 
 def git_revision():
-    """The commit of the repository that this file lies in; "" outside of one, None without git."""
+    """The commit of the repository that this file lies in; "" outside of one, as in a notebook's
+    cell or a zip file, None without git."""
     if not shutil.which("git"):
         return None
-    folder = str(Path(__file__).resolve().parent)
+    folder = str(Path(git_revision.__code__.co_filename).resolve().parent)
     command = ["git", "-C", folder, "rev-parse", "--verify", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    # What git complains of may name paths that are no text.
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return done.stdout.strip()
 
 
 def script_sha256():
-    """A checksum of this script down to main(), whose settings are compared one by one: what a run
-    computes with."""
-    lines, start = inspect.findsource(main)
-    return hashlib.sha256("".join(lines[:start]).encode()).hexdigest()
+    """A checksum of this script but for its settings, which are compared one by one."""
+    lines, literal = read_source()
+    code = lines[: literal.lineno - 1] + lines[literal.end_lineno :]
+    return hashlib.sha256("".join(code).encode()).hexdigest()
 
 
 def language_of(texts):
@@ -2523,6 +2751,9 @@ def make_accelerator(args, run_dir, precision):
         mixed_precision=precision,
         log_with=args["log_with"] if args["epochs"] else None,
         project_dir=run_dir / "logs",
+        # Windows accumulate gradients here; unless told, accelerate asks the environment, and
+        # divides by the steps that it finds.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         # Buffers, position ids and the like, are constants.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
@@ -3662,7 +3893,7 @@ def write_rows(path, dataset, chosen, **columns):
         say(f"Warning: {path.name} is not written: {error}")
         return
 
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "wb") as file:
         for place, number in enumerate(chosen.tolist()):
             query, content = texts[number]
             origin = dataset.rows[number]
@@ -3676,15 +3907,14 @@ def write_rows(path, dataset, chosen, **columns):
             }
             for key, column in columns.items():
                 row[key] = column[place].item()
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json_bytes(row) + b"\n")
 
 
 def write_evaluation(folder, dataset, report, scores):
     """Write eval_report.json, predictions.jsonl, score_distribution.png; `scores`: {title: logits
     [N]}, base first."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / "eval_report.json").write_text(text, "utf-8")
+    (folder / "eval_report.json").write_bytes(json_bytes(report, indent=2))
 
     probabilities = {title: logits.sigmoid().numpy() for title, logits in scores.items()}
     columns = list(probabilities.values())
@@ -3861,6 +4091,8 @@ def end_run(run):
 
 
 # ---- train() and main() --------------------------------------------------------------------------
+@lasting_output()
+@process_as_before()
 def train(args: dict) -> dict:
     """Fine-tune as `args` says (keys left out take their values in main()), or with 0 epochs
     evaluate alone. Returns what run.json holds (not with 0 epochs) and, as "report", what
@@ -3909,7 +4141,7 @@ def train(args: dict) -> dict:
     if is_main_process():
         flush_to_disk(*run_dir.rglob("*"), run_dir)
         with whole_file(run_dir / "run.json") as file:  # from here on the run is complete
-            file.write(json.dumps(record, indent=2, ensure_ascii=False).encode())
+            file.write(json_bytes(record, indent=2))
         publish(run_dir)
     if outcome.report:
         say(outcome.text)
@@ -3954,6 +4186,34 @@ def report_base(run):
     return {"report": report}
 
 
+def is_command():
+    """Whether this process was started as a command, whose arguments are settings: the kernel of a
+    notebook, or a console, has arguments of its own."""
+    is_script = hasattr(sys.modules["__main__"], "__file__")
+    return is_script or sys.argv[:1] in (["-c"], ["-"])
+
+
+@contextmanager
+def manners_of_a_command():
+    """Within it Ctrl-C ends the process at once, with no traceback, but a notebook's kernel, and
+    transformers, which prints names out of a checkpoint unescaped, tells of errors alone."""
+    handler = signal.getsignal(signal.SIGINT)
+    is_plain = handler is signal.default_int_handler and not hasattr(builtins, "get_ipython")
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if is_plain and is_main_thread:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if is_plain and is_main_thread:
+            signal.signal(signal.SIGINT, handler)
+
+
+@lasting_output()
+@manners_of_a_command()
 def main():
     """Edit the values of `args` and run. The comments, `# kinds: meaning`, are read too: keep
     them."""
@@ -3994,14 +4254,9 @@ def main():
         "mixed_precision": "bf16",  # "bf16" | "fp16" | "no": of the computation; the weights stay fp32
         "log_with": "tensorboard",  # "tensorboard" | "wandb" | None: where train/loss, train/lr, train/grad_norm go
     }
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # Outside of training Ctrl-C ends a run at once, with no traceback.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # transformers prints names out of a checkpoint unescaped; the run tells what matters.
-    logging.set_verbosity_error()
-    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must not end a run
+    arguments = sys.argv[1:] if is_command() else []
     try:
-        train({**args, **parse_command_line(sys.argv[1:])})
+        train({**args, **parse_command_line(arguments)})
     except (UserError, OSError) as error:  # a full disk, a folder without permission
         status = getattr(error, "exit_status", 1)
         if is_first_of_machine():
