@@ -99,8 +99,8 @@ def printable(text):
 
 
 def is_main_process():
-    """Whether this process prints and writes for all of a run. Outside of one it does too: accelerate
-    knows of no processes then, and asking it would look for some."""
+    """Whether this process prints and writes for all of a run. Outside of one it does too:
+    accelerate knows of no processes then, and asking it would look for some."""
     if not PartialState._shared_state:
         return True
     return PartialState().is_main_process
@@ -346,10 +346,10 @@ def check_installation(args):
             raise UserError(f"the package {package} is missing: pip install {package}", 2)
 
 
-# What variables, set by `accelerate config` or by hand, make of any script that uses accelerate, and
-# this one cannot be: processes under FSDP, say, must all do the same forwards, and with windows of
-# unequal size they would hang. (Mixed precision and gradient accumulation have settings here, and
-# accelerate is told those.)
+# What variables, set by `accelerate config` or by hand, make of any script that uses accelerate,
+# and this one cannot be: processes under FSDP, say, must all do the same forwards, and with windows
+# of unequal size they would hang. (Mixed precision and gradient accumulation have settings here,
+# and accelerate is told those.)
 NOT_USABLE = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -1268,23 +1268,23 @@ def require_whole_in_transformers(name, revision, local_files_only):
     modules = [module["type"].rpartition(".")[2] for module in files["modules.json"]]
     if modules != ["Transformer"]:
         raise UserError(
-            f"{name} is a cross-encoder of sentence-transformers that computes its score in modules "
-            f"of theirs ({', '.join(modules)}): its trained head would be lost here. Fine-tune it "
-            "with sentence-transformers, or start from its encoder with a new head: a copy of the "
-            "folder without modules.json"
+            f"{name} is a cross-encoder of sentence-transformers that computes its score in "
+            f"modules of theirs ({', '.join(modules)}): its trained head would be lost here. "
+            "Fine-tune it with sentence-transformers, or start from its encoder with a new head: "
+            "a copy of the folder without modules.json"
         )
     if settings.get("default_prompt_name"):
         prompt = settings["prompts"][settings["default_prompt_name"]]
         raise UserError(
-            f"{name} is a cross-encoder for which sentence-transformers puts {prompt!r} before each "
-            "query, and nobody else does: take default_prompt_name out of a copy's "
+            f"{name} is a cross-encoder for which sentence-transformers puts {prompt!r} before "
+            "each query, and nobody else does: take default_prompt_name out of a copy's "
             f"config_sentence_transformers.json, and give --query_format {prompt + '{}'!r}"
         )
 
 
 def require_vocabulary(tokenizer):
-    """OSError where `tokenizer` knows nothing of PROBES: without its files, transformers 5 makes one
-    up that has special tokens alone."""
+    """OSError where `tokenizer` knows nothing of PROBES: without its files, transformers 5 makes
+    one up that has special tokens alone."""
     special = {*tokenizer.all_special_ids}
     for text in np.ravel(PROBES).tolist():
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -1382,7 +1382,7 @@ def weights_drawn_at_random(name, model, info):
 
     encoder = f"{model.base_model_prefix}."
     lost = [key for key in names if key.startswith(encoder) and "pooler" not in key]
-    # Of a layer for which the config has no room: the model has the same weight under other numbers.
+    # Of a layer for which the config has no room: the model has that weight under other numbers.
     known = {without_numbers(key) for key in model.state_dict()}
     for key in sorted(info["unexpected_keys"]):
         is_numbered = without_numbers(key) != key
@@ -1583,7 +1583,7 @@ class BertRerankerModel(torch.nn.Module):
         """What tells this tokenizer from others, as text."""
         try:
             return self.plain_tokenizer.to_str()
-        except Exception:  # the library has no narrower one: a part is written in Python, as RoFormer's
+        except Exception:  # there is no narrower one: a part is written in Python, as RoFormer's
             vocabulary = sorted(self.tokenizer.get_vocab().items())
             return repr((type(self.tokenizer).__name__, vocabulary))
 
@@ -3270,7 +3270,7 @@ FEWEST_ROWS = 100  # from whose loss it can be told whether anything is learnt
 
 
 def head_bias(model):
-    """(name, parameter [1]) of the bias of the head of a BertRerankerModel; None where it has none."""
+    """(name, parameter [1]) of the bias of a BertRerankerModel's head; None where it has none."""
     biases = []
     for name, parameter in model.named_parameters():
         if name.endswith("bias") and parameter.numel() == 1:
@@ -3279,8 +3279,9 @@ def head_bias(model):
 
 
 def fit_bias(run):
-    """Bring the head's bias to the labels, lest the first steps' gradient go into it, and a loss that
-    is low for a constant answer hold training there. It changes no ranking."""
+    """Bring the head's bias to the labels, which changes no ranking: lest the first steps' gradient
+    go into it. A new head starts at their log-odds, a trained one is shifted where it stands over 2
+    off."""
     named_bias = head_bias(run.model)
     if named_bias is None:
         return
@@ -3409,10 +3410,10 @@ def warn_if_nothing_is_learnt(run):
     loss_of_constant = torch.nn.functional.binary_cross_entropy(constant, labels[rows]).item()
     if len(rows) >= FEWEST_ROWS and loss > 0.97 * loss_of_constant > 0:
         say(
-            f"Warning: after {step} of {run.total_steps} steps the loss, {loss:.4f}, is still that of "
-            f"a constant answer, {loss_of_constant:.4f}: nothing has been learnt yet. If evaluations "
-            f"do not rise either, try a higher lr than {run.args['lr']}, more epochs, fewer "
-            "irrelevant rows for each relevant one, or a base with a trained head."
+            f"Warning: after {step} of {run.total_steps} steps the loss, {loss:.4f}, is still that "
+            f"of a constant answer, {loss_of_constant:.4f}: nothing has been learnt yet. If "
+            f"evaluations do not rise either, try a higher lr than {run.args['lr']}, more epochs, "
+            "fewer irrelevant rows for each relevant one, or a base with a trained head."
         )
 
 
@@ -3715,8 +3716,8 @@ def verdict_text(report, args):
     lines.append(f"Verdict: {verdict}. {evidence_text(report)}.")
     if report["base_has_new_head"]:
         lines.append(
-            "The base could not rank: its head was drawn at random. What is better than chance need "
-            "not be good: compare it with a trained reranker "
+            "The base could not rank: its head was drawn at random. What is better than chance "
+            "need not be good: compare it with a trained reranker "
             "(--epochs 0 --model_name_or_path BAAI/bge-reranker-base)."
         )
     lines.append(f"Next: {advice}.")
@@ -3724,7 +3725,7 @@ def verdict_text(report, args):
 
 
 def base_name(args):
-    """The base as others may read it: its name on the hub, or that of its folder without the path."""
+    """The base as others may read it: its name on the hub, or of its folder without the path."""
     name = args["model_name_or_path"]
     return Path(name).resolve().name if Path(name).is_dir() else name
 
