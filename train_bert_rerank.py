@@ -2401,28 +2401,32 @@ def start_processes():
     # Unless told, accelerate overlooks the other CPU processes.
     is_cpu = not torch.accelerator.is_available()
     one_day = timedelta(days=1)  # others wait while one tokenises or saves
+    # As they are now: accelerate fills in what is missing.
+    variables = {name: os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ}
     try:
         announced = int(os.environ.get("WORLD_SIZE") or 1)
         count = PartialState(cpu=is_cpu, timeout=one_day).num_processes
     except (ValueError, RuntimeError) as error:
         AcceleratorState._reset_state(reset_partial_state=True)
-        raise UserError(launch_advice(f"the processes cannot start: {error}"), 2) from error
+        for name in LAUNCHER_VARIABLES:
+            os.environ.pop(name, None)
+        os.environ.update(variables)
+        problem = f"the processes cannot start: {error}"
+        raise UserError(launch_advice(problem, variables), 2) from error
 
     if torch.distributed.is_initialized():
         announced = torch.distributed.get_world_size()
     if count != announced:
-        raise UserError(launch_advice(f"{announced} processes are announced, {count} found"), 2)
+        problem = f"{announced} processes are announced, {count} found"
+        raise UserError(launch_advice(problem, variables), 2)
 
 
-def launch_advice(problem):
-    """What a user is told where the environment is that of a launcher, but not all of it."""
-    variables = []
-    for name in LAUNCHER_VARIABLES:
-        if name in os.environ:
-            variables.append(f"{name}={os.environ[name]}")
+def launch_advice(problem, variables):
+    """What a user is told where `variables`, {name: value}, are a launcher's, but not all of it."""
+    found = [f"{name}={value}" for name, value in variables.items()]
     return (
         f"{problem}.\n"
-        f"The environment has {', '.join(variables) or 'none of the variables of a launcher'}.\n"
+        f"The environment has {', '.join(found) or 'none of the variables of a launcher'}.\n"
         "  one process:      unset them (env -u RANK -u WORLD_SIZE -u LOCAL_RANK python …)\n"
         "  several of them:  torchrun or accelerate launch, which set them all (docs/scaling.md)"
     )
