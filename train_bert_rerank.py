@@ -49,7 +49,7 @@ import time
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from difflib import get_close_matches
@@ -62,7 +62,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
@@ -110,9 +110,9 @@ def is_first_of_machine():
     """Whether this process says for all of its machine what ended them."""
     if PartialState._shared_state:
         return PartialState().is_local_main_process
-    # They have not found each other yet: a launcher's variables tell.
-    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    return is_alone or os.environ.get("LOCAL_RANK", "0") == "0"
+    # They have not found each other: torchrun, which accelerate launch runs as well, tells.
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ
+    return not is_launched or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def say(message):
@@ -121,7 +121,7 @@ def say(message):
     if sys.stdout is None:  # closed, as under pythonw
         return
     if is_main_process():
-        encoding = sys.stdout.encoding or "utf-8"
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # a user's own object has none
         text = printable(message).encode(encoding, "replace").decode(encoding)
         with suppress(BrokenPipeError):
             tqdm.write(text, file=sys.stdout)
@@ -138,14 +138,14 @@ class LastingFile(io.FileIO):
             return super().write(data)
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):  # a full disk is no such case
-                raise
+                raise OSError(error.errno, error.strerror, "output of this command") from error
             return memoryview(data).nbytes
 
 
 def lasting(stream, errors):
     """A text stream to where `stream` writes that outlasts its reader; `stream` itself where it is
-    no file, as in a notebook; one to nowhere where it is None, closed."""
-    if stream is None:
+    no file, as in a notebook; one to nowhere where it is closed."""
+    if stream is None or getattr(stream, "closed", False):
         return open(os.devnull, "w", encoding="utf-8")
     buffer = getattr(stream, "buffer", None)
     raw = getattr(buffer, "raw", buffer)  # without a buffer there is none between
@@ -175,6 +175,13 @@ def lasting_output():
 PATHS = (
     "model_name_or_path", "train_dataset", "eval_dataset", "output_dir", "resume_from_checkpoint",
 )  # fmt: skip
+# What transformers and others call a setting.
+OTHER_SETTINGS = {
+    "learning_rate": "lr", "num_train_epochs": "epochs", "max_length": "max_len",
+    "max_seq_length": "max_len", "per_device_train_batch_size": "batch_size",
+    "warmup_ratio": "warmup_proportion", "model": "model_name_or_path",
+    "train_file": "train_dataset", "validation_file": "eval_dataset", "report_to": "log_with",
+}  # fmt: skip
 HOW_LISTS_ARE_WRITTEN = """'["a.jsonl", "b.jsonl"]'"""
 
 
@@ -266,11 +273,11 @@ def check_settings(args):
     settings = read_settings()
     defaults = {key: setting.default for key, setting in settings.items()}
     args = {**defaults, **args}
+    args = {key: as_read(value) for key, value in args.items()}
 
     for key, value in args.items():
         if key not in settings:
-            [nearest] = get_close_matches(key, settings, n=1, cutoff=0)
-            raise UserError(f"unknown setting {key}; the nearest is {nearest}", 2)
+            raise UserError(f"unknown setting {key}; the nearest is {nearest_to(key, settings)}", 2)
         kinds = settings[key].kinds
         if not any(fits(value, kind) for kind in kinds):
             raise UserError(f"{key} should be {' or '.join(kinds)}, not {value!r}", 2)
@@ -294,6 +301,25 @@ def check_settings(args):
         )
     check_installation(args)
     return args
+
+
+def nearest_to(key, settings):
+    """The setting that `key` was perhaps meant for."""
+    name = str(key).lower().replace("-", "_")
+    [nearest] = get_close_matches(name, [*settings, *OTHER_SETTINGS], n=1, cutoff=0)
+    return OTHER_SETTINGS.get(nearest, nearest)
+
+
+def as_read(value):
+    """A value of a dict as the command line would have it: a path as text, a number of numpy's as
+    one of Python's."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list):
+        return [as_read(element) for element in value]
+    return value
 
 
 def check_name(key, value, kinds):
@@ -392,9 +418,9 @@ def check_environment():
 
 
 def check_names(args):
-    """UserError where a path goes to a library that takes text alone (tokenizers, TensorBoard,
+    """UserError where a setting goes to a library that takes text alone (tokenizers, TensorBoard,
     wandb), and its bytes are none in this process's encoding."""
-    keys = ["model_name_or_path", "output_dir"]
+    keys = ["model_name_or_path", "output_dir", "query_format", "document_format"]
     if args["log_with"] == "wandb":
         keys += ["train_dataset", "eval_dataset"]
     for key in keys:
@@ -403,8 +429,7 @@ def check_names(args):
         except UnicodeEncodeError as error:
             raise UserError(
                 f"{key} {args[key]}: its bytes are no text in {sys.getfilesystemencoding()}, the "
-                "encoding of names here: rename it, or, if it is shown well elsewhere, set "
-                "PYTHONUTF8=1",
+                "encoding here: change it, or, if it is shown well elsewhere, set PYTHONUTF8=1",
                 2,
             ) from error
 
@@ -424,7 +449,7 @@ def parse_command_line(argv):
 
     overrides = {}
     for argument in unknown[:1]:
-        if not argument.startswith("--"):
+        if not re.match("--[^=]", argument):
             raise UserError(
                 f"{argument!r} belongs to no setting: each is written --key value, and a list "
                 f"--train_dataset {HOW_LISTS_ARE_WRITTEN}",
@@ -494,10 +519,49 @@ def switches_of_torch():
     return switches
 
 
+ONE_RUN = threading.Lock()  # seeds and switches are those of the process
+LOCKED_FOLDERS = []  # file descriptors of the folders that the run has for itself
+
+
+@contextmanager
+def only_run_of_process():
+    """Within it no other run can begin in this process; UserError where one is going on."""
+    if not ONE_RUN.acquire(blocking=False):
+        raise UserError("a run is going on in this process: begin another when it has ended", 2)
+    try:
+        yield
+    finally:
+        while LOCKED_FOLDERS:
+            os.close(LOCKED_FOLDERS.pop())
+        ONE_RUN.release()
+
+
+@contextmanager
+def usual_modes_of_torch():
+    """Within it PyTorch computes as in a new process, whatever modes the caller is in: with
+    gradients, in fp32 on the CPU unless told, without autocast."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with ExitStack() as modes:
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.enable_grad())
+            if torch.get_default_device().type != "cpu":
+                modes.enter_context(torch.device("cpu"))
+            for device in {"cpu", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}:
+                modes.enter_context(torch.autocast(device, enabled=False))
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 @contextmanager
 def process_as_before():
     """Whatever a run sets for the whole process is as before at its end: determinism and precision
-    of PyTorch, random states, the variable of cuBLAS."""
+    of PyTorch, random states, what accelerate knows of processes, the variable of cuBLAS."""
+    states_of_accelerate = []  # of all its objects: a caller's Accelerator reads them
+    for state in (PartialState, AcceleratorState, GradientState):
+        states_of_accelerate.append((state._shared_state, dict(state._shared_state)))
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
     switches = switches_of_torch()
@@ -510,6 +574,9 @@ def process_as_before():
     try:
         yield
     finally:
+        for state, before in states_of_accelerate:
+            state.clear()
+            state.update(before)
         torch.use_deterministic_algorithms(is_deterministic, warn_only=warns_only)
         if matmul_precision:
             torch.set_float32_matmul_precision(matmul_precision)
@@ -660,11 +727,33 @@ def written_in(run_dir):
 
 def require_writable(run_dir):
     """UserError where `run_dir` is there and cannot be written to, or could not be made."""
-    existing = next(folder for folder in run_dir.parents if folder.exists())
+    # A link that leads nowhere, as to a disk that is not there, is in the way too.
+    existing = next(folder for folder in run_dir.parents if os.path.lexists(folder))
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         raise UserError(
             f"output_dir {run_dir.parent}: {existing} is no folder that this run may write to", 2
         )
+
+
+def lock_folder(folder):
+    """Have `folder` for this run, until it ends in whatever way; UserError where another has it: a
+    second process that knows nothing of this one, as under `srun -n 2`."""
+    if not importlib.util.find_spec("fcntl"):  # Windows locks no folders
+        return
+    fcntl = importlib.import_module("fcntl")
+    descriptor = os.open(folder, os.O_RDONLY)
+    LOCKED_FOLDERS.append(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"another run is writing to {folder}: take another output_dir, or, for processes of "
+            "one run, launch them with torchrun or accelerate launch",
+            2,
+        ) from error
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED + (errno.ENOLCK,):
+            raise
 
 
 def require_space(folder, needed, what):
@@ -885,6 +974,9 @@ def judged_of_text_lists(sample, min_label, max_label):
         raise ValueError(SHOULD_BE_LISTS)
     if not pos and not neg:
         raise ValueError(f"pos and neg are empty: {GIVE_IT_ROWS}")
+    for key, texts in (("pos", pos), ("neg", neg)):
+        for place, text in enumerate(texts):
+            check_text(f"{key}[{place}]", text)
     if pos_scores or neg_scores:
         if len(pos_scores) != len(pos) or len(neg_scores) != len(neg):
             raise ValueError(
@@ -914,7 +1006,7 @@ def check_text(key, text):
         raise ValueError(f"{key} is missing")
     if not isinstance(text, str):
         raise ValueError(f"{key} is no text: {json.dumps(text)[:40]}")
-    if not text.strip():
+    if not INVISIBLE.sub("", text).strip():
         raise ValueError(f"{key} is blank")
     text.encode()  # raises UnicodeEncodeError, a ValueError, for half of a surrogate pair
 
@@ -1260,12 +1352,16 @@ def require_whole_in_transformers(name, revision, local_files_only):
         )
         if path is None:
             return
-        files[file] = json.loads(Path(path).read_text("utf-8"))
+        files[file] = Path(path).read_bytes()
 
-    settings = files["config_sentence_transformers.json"]
+    try:
+        settings = dict(json.loads(files["config_sentence_transformers.json"]))
+        modules = [dict(module)["type"] for module in json.loads(files["modules.json"])]
+        modules = [name.rpartition(".")[2] for name in modules]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise OSError(f"one of {', '.join(files)} is damaged ({error})") from error
     if settings.get("model_type") != "CrossEncoder":
         return
-    modules = [module["type"].rpartition(".")[2] for module in files["modules.json"]]
     if modules != ["Transformer"]:
         raise UserError(
             f"{name} is a cross-encoder of sentence-transformers that computes its score in "
@@ -1382,11 +1478,14 @@ def weights_drawn_at_random(name, model, info):
 
     encoder = f"{model.base_model_prefix}."
     lost = [key for key in names if key.startswith(encoder) and "pooler" not in key]
-    # Of a layer for which the config has no room: the model has that weight under other numbers.
+    # Of a layer for which the config has no room: of the encoder, or the model has the same weight
+    # under other numbers.
     known = {without_numbers(key) for key in model.state_dict()}
     for key in sorted(info["unexpected_keys"]):
-        is_numbered = without_numbers(key) != key
-        if is_numbered and known & {without_numbers(key), without_numbers(encoder + key)}:
+        if without_numbers(key) == key:
+            continue
+        is_known = known & {without_numbers(key), without_numbers(encoder + key)}
+        if is_known or key.startswith(encoder):
             lost.append(key)
     if lost:
         raise UserError(
@@ -1400,11 +1499,17 @@ def without_numbers(key):
     return re.sub(r"\.\d+\.", ".N.", key)
 
 
-def drop_unknown_inputs(model, tokenizer):
-    """Let `tokenizer` make no segment ids for a `model` that knows none, or one segment only, and
-    name in the config what a decoder finds the end of a text by."""
+def match_inputs(model, tokenizer):
+    """Let `tokenizer` make what is made here, so that it makes that elsewhere too once it is saved:
+    a mask, padding on the right, and no segment ids for a `model` that knows none, or one segment
+    only. Name in the config what a decoder finds the end of a text by."""
+    tokenizer.padding_side = "right"
+    inputs = inspect.signature(model.forward).parameters
+    if "attention_mask" in inputs and "attention_mask" not in tokenizer.model_input_names:
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
+
     segments = 0
-    if "token_type_ids" in inspect.signature(model.forward).parameters:
+    if "token_type_ids" in inputs:
         segments = 2
     for name, module in model.named_modules():
         if name.endswith("token_type_embeddings") and isinstance(module, torch.nn.Embedding):
@@ -1421,13 +1526,14 @@ def require_same_scores(name, reranker):
     one, beyond rounding. The short cut of the last layer is given up where it is what differs."""
     try:
         pairs, encoded = probes_of(reranker)
-        expected = plain_logits(reranker, pairs)
-        first_token_only(reranker.model)
-        if agrees(probe_logits(reranker, encoded, len(pairs)), expected):
-            return
-        all_tokens(reranker.model)
-        in_a_batch = probe_logits(reranker, encoded, len(pairs))
-        one_by_one = probe_logits(reranker, encoded, 1)
+        with telling_head(reranker):
+            expected = plain_logits(reranker, pairs)
+            first_token_only(reranker.model)
+            if agrees(probe_logits(reranker, encoded, len(pairs)), expected):
+                return
+            all_tokens(reranker.model)
+            in_a_batch = probe_logits(reranker, encoded, len(pairs))
+            one_by_one = probe_logits(reranker, encoded, 1)
     except Exception as error:  # whatever code and weights of a checkpoint come to
         reason = f"{type(error).__name__}: {str(error)[:300]}"
         raise UserError(f"{name} cannot score pairs of texts: {reason}") from error
@@ -1442,6 +1548,21 @@ def require_same_scores(name, reranker):
         f"{name} ({reranker.model.config.model_type}) cannot be used: {cause}. "
         f"A pair has the score {scored[worst]:.4f} here and {expected[worst]:.4f} in transformers"
     )
+
+
+@contextmanager
+def telling_head(reranker):
+    """Within it a last layer of zeros, which would score all alike whatever is computed before, is
+    one that does not."""
+    layers = [module for module in reranker.modules() if isinstance(module, torch.nn.Linear)]
+    heads = [layer for layer in layers if layer.out_features == 1 and not layer.weight.any()]
+    for head in heads:
+        head.weight.data = torch.linspace(-1, 1, head.in_features)[None].to(head.weight)
+    try:
+        yield
+    finally:
+        for head in heads:
+            head.weight.data.zero_()
 
 
 def probes_of(reranker):
@@ -1481,7 +1602,8 @@ def probe_logits(reranker, encoded, batch_size):
 def agrees(logits, expected):
     """Whether logits [P] are those expected, but for rounding."""
     # A caller may have let PyTorch multiply in less than fp32: what it then rounds is measured.
-    matrix = torch.linspace(-1, 1, 64 * 64, device=logits.device).view(64, 64)
+    matrix = torch.linspace(-1, 1, 64 * 64, dtype=torch.float32, device=logits.device)
+    matrix = matrix.view(64, 64)
     exact = matrix.double() @ matrix.double()
     rounding = ((matrix @ matrix - exact).abs().max() / exact.abs().max()).item()
     tolerance = max(1e-4, 5 * rounding) * expected.nan_to_num().abs().max().item()
@@ -1520,7 +1642,7 @@ class BertRerankerModel(torch.nn.Module):
 
         require_cross_encoder(name, model, tokenizer)
         new_weights = weights_drawn_at_random(name, model, info)
-        drop_unknown_inputs(model, tokenizer)
+        match_inputs(model, tokenizer)
         # A checkpoint in fp16 is trained in fp32 too.
         reranker = cls(model.float(), tokenizer, new_weights)
         require_same_scores(name, reranker)
@@ -1729,6 +1851,8 @@ class BertRerankerModel(torch.nn.Module):
     ) -> list[dict]:
         """Documents, best first, as [{"corpus_id", "score"[, "text"]}]: as in CrossEncoder.rank.
         TypeError or ValueError for what are no texts."""
+        if top_k is not None:
+            check_whole_number("top_k", top_k)
         check_scorable("query", query)
         documents = in_a_list("documents", documents, "texts")
         for index, document in enumerate(documents):
@@ -1823,7 +1947,7 @@ def cut_to(room, query, document):
 
 def in_order_of_rows(count, micro_batches, parts, device):
     """The logits [count] of which `parts` are those of `micro_batches`; 0 for what is in none."""
-    logits = torch.zeros(count, device=device)
+    logits = torch.zeros(count, dtype=torch.float32, device=device)
     if parts:
         logits[np.concatenate(micro_batches)] = torch.cat(parts)
     return logits
@@ -2354,6 +2478,7 @@ class Run:
     base_weights: dict | None = None
     best_weights: dict | None = None
     owes_checkpoint: bool = False  # one is due, once a step is good
+    owns_group: bool = True  # whether the processes' group began with the run, and ends with it
 
     @property
     def samples_per_step(self):
@@ -2396,15 +2521,20 @@ def start_processes():
     """Let accelerate find the processes and the device of this run. UserError where it cannot, or
     finds fewer than a launcher has announced: each would train alone, and all write to one folder.
     """
-    # That of an earlier train(), as in a notebook, goes.
+    # A caller's, whose settings may be others, comes back when the run has ended.
     AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     # Unless told, accelerate overlooks the other CPU processes.
     is_cpu = not torch.accelerator.is_available()
     one_day = timedelta(days=1)  # others wait while one tokenises or saves
-    # As they are now: accelerate fills in what is missing.
-    variables = {name: os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ}
+    variables = {}  # as they are now: accelerate fills in what is missing
+    for name in LAUNCHER_VARIABLES:
+        if os.environ.get(name):
+            variables[name] = os.environ[name]
+        else:  # what is empty is as good as not there, but accelerate would read a number
+            os.environ.pop(name, None)
     try:
-        announced = int(os.environ.get("WORLD_SIZE") or 1)
+        announced = int(os.environ.get("WORLD_SIZE", "1"))
         count = PartialState(cpu=is_cpu, timeout=one_day).num_processes
     except (ValueError, RuntimeError) as error:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -2414,8 +2544,13 @@ def start_processes():
         problem = f"the processes cannot start: {error}"
         raise UserError(launch_advice(problem, variables), 2) from error
 
-    if torch.distributed.is_initialized():
-        announced = torch.distributed.get_world_size()
+    if torch.distributed.is_initialized() and count != torch.distributed.get_world_size():
+        raise UserError(
+            f"there is a process group of {torch.distributed.get_world_size()}, which cannot be "
+            "used: set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in each process "
+            "before train(), as torchrun does",
+            2,
+        )
     if count != announced:
         problem = f"{announced} processes are announced, {count} found"
         raise UserError(launch_advice(problem, variables), 2)
@@ -2506,7 +2641,10 @@ def load_base(args):
     model = BertRerankerModel.from_pretrained(name, args["revision"], args["trust_remote_code"])
     if model.new_weights:
         names = ", ".join(model.new_weights)
-        say(f"Not in {name}, so drawn with seed {args['seed']}: {names}")
+        say(
+            f"Not in {name}, or there with another number of outputs than one, so drawn with seed "
+            f"{args['seed']}: {names}"
+        )
     if max_len > model.max_len:
         raise UserError(
             f"max_len {max_len}: {name} takes {model.max_len} (positions, model_max_length)", 2
@@ -2663,6 +2801,9 @@ def choose_metric(eval_data, args):
 
     if len(eval_data) or not args["epochs"]:
         message = f"there are no eval rows with labels to measure {' or '.join(wanted)} by"
+        others = [metric for metric in METRICS if eval_data.lists.get(metric)]
+        if others:
+            message += f" (there are for {', '.join(others)})"
         if args["eval_dataset"] != "auto" or not args["epochs"]:
             raise UserError(f"{message}: give others, or train with --eval_dataset None", 2)
         say(f"Warning: {message}: no evaluation, and nothing will be claimed about the ranking.")
@@ -2711,8 +2852,10 @@ def remove_stale_caches(*kept):
 
 
 def claim_run_folder(run_dir, checkpoint, args):
-    """Empty the run's folder but for what this run goes on from. UserError where another run has
-    written a checkpoint there since find_checkpoint() looked."""
+    """Empty the run's folder but for what this run goes on from. UserError where another run is
+    writing there, or has written a checkpoint since find_checkpoint() looked."""
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    lock_folder(run_dir.parent)
     newest = checkpoints_in(run_dir)[-1:]
     is_known = newest == [] or (checkpoint and newest == [checkpoint.folder])
     # A checkpoint that is asked for by name may well be older than the newest.
@@ -3377,9 +3520,9 @@ def fine_tune(run):
             pairs += len(window)
             seconds += time.perf_counter() - started
 
+            warn_if_nothing_is_learnt(run)
             if is_asked_to_stop:
                 stop_with_checkpoint(run)
-            warn_if_nothing_is_learnt(run)
             save_if_due(run)
             evaluate_if_due(run)
             show_progress(run, bar, pairs / seconds)
@@ -3406,16 +3549,23 @@ def warn_if_nothing_is_learnt(run):
         return
     first = step // 2
     windows = list(islice(windows_from(run, first + 1), step - first))
-    rows = np.concatenate(windows)
-    losses = [loss for _, _, loss, *_ in run.progress.history[first:]]
-    loss = np.average(losses, weights=[len(window) for window in windows])
+    losses = np.array([loss for _, _, loss, *_ in run.progress.history[first:]])
+    sizes = np.array([len(window) for window in windows])
+    is_finite = np.isfinite(losses)
+    if sizes[is_finite].sum() < FEWEST_ROWS:
+        return
+
+    loss = np.average(losses[is_finite], weights=sizes[is_finite])
     labels = run.train_data.labels
-    constant = labels.mean().expand(len(rows))
-    loss_of_constant = torch.nn.functional.binary_cross_entropy(constant, labels[rows]).item()
-    if len(rows) >= FEWEST_ROWS and loss > 0.97 * loss_of_constant > 0:
+    labels_seen = labels[np.concatenate(windows)]
+    bce = torch.nn.functional.binary_cross_entropy
+    of_constant = bce(labels.mean().expand_as(labels_seen), labels_seen).item()
+    # Soft labels, which are no 0 and 1, leave a loss to the best of models too: their entropy.
+    least = bce(labels_seen, labels_seen).item()
+    if of_constant - loss < 0.03 * (of_constant - least):
         say(
             f"Warning: after {step} of {run.total_steps} steps the loss, {loss:.4f}, is still that "
-            f"of a constant answer, {loss_of_constant:.4f}: nothing has been learnt yet. If "
+            f"of a constant answer, {of_constant:.4f}: nothing has been learnt yet. If "
             f"evaluations do not rise either, try a higher lr than {run.args['lr']}, more epochs, "
             "fewer irrelevant rows for each relevant one, or a base with a trained head."
         )
@@ -3423,13 +3573,18 @@ def warn_if_nothing_is_learnt(run):
 
 def stop_with_checkpoint(run):
     """End the process, as a stop request asks, with a checkpoint."""
-    save_checkpoint(run)
-    run.accelerator.wait_for_everyone()  # as soon as one process leaves, a launcher ends the others
     number = run.stop.signal_number
-    raise UserError(
+    stopped = (
         f"Stopped by {signal.Signals(number).name} after step {run.progress.step} "
-        f"of {run.total_steps}; checkpoints are in {run.folder}.\n{CHOICES}",
-        exit_status=128 + number,
+        f"of {run.total_steps}"
+    )
+    try:
+        save_checkpoint(run)
+    except UserError as error:
+        raise UserError(f"{stopped}, of which there is no checkpoint: {error}") from error
+    run.accelerator.wait_for_everyone()  # as soon as one process leaves, a launcher ends the others
+    raise UserError(
+        f"{stopped}; checkpoints are in {run.folder}.\n{CHOICES}", exit_status=128 + number
     )
 
 
@@ -4089,21 +4244,28 @@ def peak_memory(device):
 
 
 def end_run(run):
-    """Let go of the processes' group and of the loggers."""
+    """Let go of the loggers and of the processes' group, unless it is a caller's."""
     # DDP must go before its group, or gloo may hang.
     run.wrapped, run.optimizer = run.accelerator.free_memory(run.wrapped, run.optimizer)
-    run.accelerator.end_training()
+    if run.owns_group:
+        run.accelerator.end_training()
+    else:
+        for tracker in run.accelerator.trackers:
+            tracker.finish()
 
 
 # ---- train() and main() --------------------------------------------------------------------------
+@only_run_of_process()
 @lasting_output()
 @process_as_before()
+@usual_modes_of_torch()
 def train(args: dict) -> dict:
     """Fine-tune as `args` says (keys left out take their values in main()), or with 0 epochs
     evaluate alone. Returns what run.json holds (not with 0 epochs) and, as "report", what
     eval_report.json holds (None without evaluation)."""
     args = check_settings(args)
     seed_everything(args["seed"])
+    owns_group = not torch.distributed.is_initialized()
     start_processes()
     say(f"Training Args: {args}")
     run_dir = Path(args["output_dir"], "unfinished_run" if args["epochs"] else "evaluation")
@@ -4113,6 +4275,7 @@ def train(args: dict) -> dict:
 
     started = time.perf_counter()
     run = prepare(args, run_dir, checkpoint_folder)
+    run.owns_group = owns_group
     if run.eval_data and not run.progress.step:
         run.progress.candidates = [evaluate(run)]
     if not args["epochs"]:

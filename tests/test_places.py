@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 
@@ -299,7 +299,7 @@ def test_what_is_written_as_json_is_valid_utf_8_and_reads_back_the_same(value):
     assert json.loads(json_bytes(value).decode("utf-8")) == value
 
 
-@pytest.mark.parametrize("key", ["model_name_or_path", "output_dir", "train_dataset"])
+@pytest.mark.parametrize("key", ["model_name_or_path", "output_dir", "train_dataset", "query_format"])
 def test_a_name_that_a_library_cannot_take_is_refused_at_once(settings, tmp_path, key):
     path = str(tmp_path / GBK)
     with pytest.raises(UserError, match=f"^{key} .*: its bytes are no text in utf-8.*PYTHONUTF8=1"):
@@ -378,4 +378,125 @@ def test_the_cpu_is_refused_by_name_only_where_it_is_not_what_the_run_would_take
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     with pytest.raises(UserError, match="unset ACCELERATE_USE_CPU"):
+        train(settings)
+
+
+# ---- In whatever mode the caller is ----------------------------------------------------------------------------------
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        assert torch.get_default_dtype() == dtype, "it is the caller's"
+        torch.set_default_dtype(before)
+
+
+MODES = {
+    "no_grad": torch.no_grad, "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16), "default float64": lambda: default_dtype(torch.float64),
+    "default float16": lambda: default_dtype(torch.float16), "default device": lambda: torch.device("meta"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def usual_weights(small_model, tmp_path_factory):
+    """The weights that a run leaves that is started from no mode at all."""
+    folder = tmp_path_factory.mktemp("usual")
+    settings = {"model_name_or_path": small_model, "train_dataset": write_rows(folder / "rows.jsonl", rows_of(16, 4)),
+                "eval_proportion": 0.5, "epochs": 1, "max_len": 32, "mixed_precision": "no", "base_interpolation": (),
+                "log_with": None, "output_dir": str(folder / "out")}  # fmt: skip
+    train(settings)
+    return weights_of(settings)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_train_gives_the_same_weights_in_whatever_mode_of_torch_it_is_called(settings, usual_weights, mode):
+    with MODES[mode]():
+        train(settings)
+    assert weights_of(settings) == usual_weights
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "default float64", "default float16"])
+def test_a_model_is_loaded_and_scores_the_same_in_whatever_mode_of_torch(small_model, mode):
+    pairs = [("问", "答" * 9), ("怎么办", "请看说明书。")]
+    expected = BertRerankerModel.from_pretrained(small_model).predict(pairs)
+    with MODES[mode]():
+        scores = BertRerankerModel.from_pretrained(small_model).predict(pairs)
+    assert scores.tolist() == expected.tolist()
+
+
+def test_of_two_runs_in_two_threads_the_second_is_refused_and_the_first_is_what_it_would_be_alone(
+    settings, usual_weights, monkeypatch
+):
+    refusals, original = [], train_bert_rerank.fit_bias
+
+    def beside(run):
+        def second():
+            try:
+                train({**settings, "output_dir": settings["output_dir"] + "_second"})
+            except UserError as error:
+                refusals.append(str(error))
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        return original(run)
+
+    monkeypatch.setattr(train_bert_rerank, "fit_bias", beside)
+    train(settings)
+    assert refusals == ["a run is going on in this process: begin another when it has ended"]
+    assert weights_of(settings) == usual_weights and not Path(settings["output_dir"] + "_second").exists()
+    monkeypatch.undo()
+    train({**settings, "output_dir": settings["output_dir"] + "_third"})
+
+
+class Tee:
+    """An output of a user's own, with no more than print() needs."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def test_an_output_of_a_users_own_that_can_only_write_and_flush_is_enough(settings):
+    tee = Tee()
+    with redirect_stdout(tee):
+        train(settings)
+    assert "Model saved successfully!\n" in tee.text
+    closed = StringIO()
+    closed.close()
+    with redirect_stdout(closed):
+        train({**settings, "output_dir": settings["output_dir"] + "_closed"})
+
+
+@pytest.mark.parametrize("link", ["nowhere", "itself"])
+def test_an_output_folder_behind_a_link_that_leads_nowhere_is_refused_before_anything_is_loaded(
+    settings, tmp_path, capsys, link
+):
+    (tmp_path / "link").symlink_to("link" if link == "itself" else "/nonexistent/disk")
+    for output_dir in ("link", "link/below"):
+        with pytest.raises(UserError, match="output_dir .*link.* is no folder that this run may write to") as refusal:
+            train({**settings, "output_dir": str(tmp_path / output_dir)})
+        assert refusal.value.exit_status == 2
+    assert "Loading data" not in capsys.readouterr().err
+
+
+def test_a_stop_whose_checkpoint_finds_no_room_names_both(settings, monkeypatch):
+    train_step, usage = train_bert_rerank.train_step, shutil.disk_usage
+
+    def stopped(run, window):
+        train_step(run, window)
+        monkeypatch.setattr(train_bert_rerank.shutil, "disk_usage", lambda path: usage(path)._replace(free=0))
+        return True  # as where a signal has come
+
+    monkeypatch.setattr(train_bert_rerank, "train_step", stopped)
+    said = "Stopped by SIGTERM after step 1 of .*, of which there is no checkpoint: checkpoint-00000001 needs"
+    with pytest.raises(UserError, match=said):
         train(settings)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import matplotlib  # noqa: F401  one test takes away the path that packages are found on
+import numpy as np
 import pytest
 from conftest import ROOT, TINY, rows_of
 
@@ -210,6 +211,9 @@ WRONG_NAMES = [
     (["--lr", "1e-4", "--epochz", "3", "--seed", "1"], "epochz", "epochs"),
     (["--epoch=3"], "epoch", "epochs"),
     (["--batch=auto"], "batch", "batch_size"),
+    (["--learning_rate", "1e-5"], "learning_rate", "lr"),
+    (["--LR", "1e-5"], "LR", "lr"),
+    (["--num-train-epochs", "1"], "num-train-epochs", "epochs"),
 ]
 
 
@@ -222,7 +226,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_key(arguments, name, nearest
 
 @pytest.mark.parametrize("arguments, argument", [
     (["--train_dataset", "a.jsonl", "b.jsonl"], "b.jsonl"), (["--train_dataset=a", "b", "--seed", "1"], "b"),
-    (["epochss"], "epochss"), (["-lr", "3"], "-lr"), (["--base_interpolation", "0.25", "0.5"], "0.5"),
+    (["epochss"], "epochss"), (["--", "x"], "--"),
+    (["--=3"], "--=3"), (["-lr", "3"], "-lr"), (["--base_interpolation", "0.25", "0.5"], "0.5"),
 ])  # fmt: skip
 def test_a_word_that_belongs_to_no_setting_is_refused_with_how_a_list_is_written(refused, arguments, argument):
     assert refused(*arguments) == (
@@ -291,6 +296,14 @@ def test_a_key_without_its_two_dashes_is_refused(key):
     assert 2 in (getattr(error.value, "exit_status", None), getattr(error.value, "code", None))
 
 
+def test_paths_and_numbers_of_numpy_in_a_dict_are_taken_for_what_they_stand_for(tmp_path):
+    numbers = {"lr": np.float64(1e-3), "epochs": np.int64(2)}
+    given = {"output_dir": tmp_path, "train_dataset": [tmp_path / "a", "b"], **numbers}
+    args = check_settings(given)
+    assert args["output_dir"] == str(tmp_path) and args["train_dataset"] == [str(tmp_path / "a"), "b"]
+    assert [type(args[key]) for key in ("lr", "epochs")] == [float, int] and (args["lr"], args["epochs"]) == (1e-3, 2)
+
+
 def test_an_unknown_key_in_a_dict_is_refused_with_the_nearest_key():
     with pytest.raises(UserError, match="unknown setting learning_rat; the nearest is ") as error:
         train_bert_rerank.train({"learning_rat": 1e-4})
@@ -338,7 +351,7 @@ def test_a_wrong_type_or_a_value_out_of_range_is_refused_by_name(key, text):
 
 @pytest.mark.parametrize("key, value, kinds", [
     ("epochs", 3.0, "int 0.."), ("epochs", True, "int 0.."), ("epochs", "3", "int 0.."), ("lr", "1e-5", "float 0.."),
-    ("output_dir", Path("output"), "str"), ("train_dataset", ("a", "b"), "str or list"), ("revision", 1, "str or None"),
+    ("output_dir", ["output"], "str"), ("train_dataset", ("a", "b"), "str or list"), ("revision", 1, "str or None"),
     ("train_dataset", None, "str or list"), ("base_interpolation", (0.5, 1.0), "tuple 0.01..0.99"),
     ("base_interpolation", 0.5, "tuple 0.01..0.99"), ("early_stopping_patience", 0, "int 1.. or None"),
     ("mixed_precision", "BF16", '"bf16" or "fp16" or "no"'),
