@@ -46,7 +46,36 @@ def run():
 
 
 # ---- The battery -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", CASES)
+# Each shows at another place, or in another spelling, what a case of the default run shows.
+REPEATS = (
+    "a list of a name in GBK and another", "hits that are one hit", "pos that is null, and neg a text",
+    "querry for query", "passage for content", "Label, and a space, for label",
+    "one query, once with a no-break space", "one query, once with a carriage return behind",
+    "one query, once with a wide space", "one query, once with a zero-width space in it",
+    "one query, once with a byte-order mark", "two queries, by a wide letter", "two queries, by a space",
+    "two queries, by the tags of a flag", "queries of one label each", "hit@1 as the metric",
+    "a data file whose name looks like a list", "NONE and null for what may be None", "a ~ behind a =",
+    "a cross-encoder of sentence-transformers", "a DeBERTa without its tokenizer",
+    "fewer layers than the weights of a EuroBERT", "a YOSO, which hashes at random", "WORLD_SIZE=two",
+    "DeepSpeed of accelerate config, off", "a file system that flushes nothing", "a disk that is full",
+    "no memory to map a file into",
+)  # fmt: skip
+# What a case should give, and does not yet: it is red once it does.
+KNOWN_FAULTS = {
+    "no layers": "the message is an IndexError's, and does not say that config.json leaves the layers out",
+    "no layers of a EuroBERT": "the model is taken, and scores without its layers",
+}
+
+
+def each_case():
+    for name in CASES:
+        marks = [pytest.mark.slow] if name in REPEATS else []
+        if name in KNOWN_FAULTS:
+            marks.append(pytest.mark.xfail(strict=True, reason=KNOWN_FAULTS[name]))
+        yield pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", each_case())
 def test_bad_input_ends_in_one_clear_message_or_the_right_result(run, name):
     outcome = run(name)
     assert outcome["complaints"] == [], outcome["said"]
@@ -54,7 +83,8 @@ def test_bad_input_ends_in_one_clear_message_or_the_right_result(run, name):
 
 def test_the_battery_is_as_large_as_promised_and_has_refusals_and_right_results():
     statuses = [case.status for case in CASES.values()]
-    assert len(statuses) >= 120 and {0, 1, 2} == {*statuses} and statuses.count(0) >= 30
+    assert len(statuses) >= 300 and {0, 1, 2} == {*statuses} and statuses.count(0) >= 80
+    assert CASES.keys() >= {*REPEATS, *KNOWN_FAULTS}
 
 
 # ---- The battery can fail --------------------------------------------------------------------------------------------
@@ -66,6 +96,10 @@ def test_the_battery_is_as_large_as_promised_and_has_refusals_and_right_results(
     ("one row", {"eval_dataset": "train.jsonl", "batch_size": 1}, "exit status 2, not 0"),
     ("max_len of 8", {"eval_dataset": "train.jsonl"}, "output_dir holds "),
     ("a line of 10 MB", {"max_len": 7}, "exit status 2, not 0"),
+    ("RANK=1 alone", {"seed": 7}, "weights are others than usual"),
+    ("a head on the mean of all tokens, by code of its own", {"trust_remote_code": False}, "scores are "),
+    ("too few relevant rows for a verdict", {"eval_dataset": None}, "does not say 'Verdict: too few relevant rows"),
+    ("a data file with a name in GBK", {"output_dir": "output/again"}, "[Errno 2] No such file or directory: "),
 ])  # fmt: skip
 def test_what_a_case_looks_at_shows_where_it_is_not_as_expected(run, name, changes, complaint):
     assert any(each.startswith(complaint) for each in run(name, **changes)["complaints"])
