@@ -1202,7 +1202,7 @@ def tokenizer_of_bert(folder):
     (folder / "tokenizer.json").unlink()
     letters = sorted({*"怎么退款请在七天之内联系客服本店周末休息。？?"})
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, "h", "##o", "##w"]
-    (folder / "vocab.txt").write_text("\n".join(pieces))
+    (folder / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
 
 
@@ -1361,7 +1361,8 @@ def segments_and_positions():
                   "it takes 8 tokens, which is too few for a pair"),
         bad_model("a tokenizer that takes 2 tokens",
                   edit("tokenizer_config.json", model_max_length=2),
-                  "model cannot score pairs of texts: "),
+                  "model cannot score pairs of texts: ",
+                  "max_len 2 is too small: it takes 6 tokens or more"),
         bad_model("a tokenizer that takes 40 tokens, and max_len of 48",
                   edit("tokenizer_config.json", model_max_length=40),
                   "max_len 48: model takes 40 (positions, model_max_length)", status=2),
