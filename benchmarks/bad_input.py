@@ -12,9 +12,11 @@ held before. Prints a table in Markdown and a count; the exit status is 1 where 
 expected.
 """
 
+import errno
 import gc
 import gzip
 import json
+import mmap
 import os
 import pickle
 import re
@@ -28,7 +30,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +70,7 @@ class Case:
     words: tuple = ()  # of the command line, before the settings, as they are
     check: Callable | None = None  # check(folder) -> what is wrong with a result, or None
     meddle: Callable | None = None  # meddle(script, folder), in the run's process, before main()
+    environment: dict = field(default_factory=dict)  # variables on top of those that are there
     memory: int = 1000  # MB that the run may need on top of the imports
     left: tuple = ()  # what a refusal may leave in output_dir, each complete in itself
 
@@ -90,24 +93,50 @@ def evaluates(name, make, *said, rows=None, **settings):
 
 # ---- Right results -------------------------------------------------------------------------------
 TRAINED = {"final_model", "loss_curve.png", "logs", "run.json", "rows_to_check.jsonl", "cache"}
+MEASURED = TRAINED | {"eval_report.json", "predictions.jsonl", "score_distribution.png"}
 EVALUATED = {"evaluation", "cache"}
+WEIGHTS = Path("output", "final_model", "model.safetensors")
 
 
-def wrong_training(folder):
+def wrong_training(folder, results=TRAINED):
     """What is wrong with a trained run: its results are there, all finite, and nothing else."""
     from safetensors.torch import load_file
 
     names = set(os.listdir(folder / "output"))
-    if names != TRAINED:
+    if names != results:
         return f"output_dir holds {sorted(names)}"
 
-    weights = load_file(folder / "output" / "final_model" / "model.safetensors")
+    weights = load_file(folder / WEIGHTS)
     for weight in weights.values():
         if not weight.isfinite().all():
             return "weights are not finite"
 
 
-def wrong_scores(rows, reference):
+wrong_measured_training = partial(wrong_training, results=MEASURED)
+
+
+def other_weights(folder):
+    """What is wrong with a run that should leave the weights that SMALL_RUN leaves of GOOD."""
+    if (folder / WEIGHTS).read_bytes() != usual_weights():
+        return "weights are others than usual"
+    return wrong_training(folder)
+
+
+@cache
+def usual_weights():
+    """The bytes of the weights that SMALL_RUN leaves of GOOD."""
+    import train_bert_rerank
+
+    usual = []
+
+    def keep(folder):
+        usual.append((folder / WEIGHTS).read_bytes())
+
+    run_case(train_bert_rerank, Case("as usual", good, (), 0, check=keep))
+    return usual[0]
+
+
+def wrong_scores(rows, reference, trust_remote_code=False):
     """A check that an evaluation read `rows`, (query, content, label, line), and scored them as
     transformers does with the `reference`: a model folder, maybe beside the data; None where the
     head is a new one."""
@@ -127,7 +156,8 @@ def wrong_scores(rows, reference):
         if reference is None:
             return None
         furthest = 0.0
-        for row, score in zip(predictions, scores_of(folder / reference, rows), strict=True):
+        scores = scores_of(folder / reference, rows, trust_remote_code)
+        for row, score in zip(predictions, scores, strict=True):
             furthest = max(furthest, abs(row["score_before"] - score))
         if furthest > 1e-6:
             return f"scores are {furthest} off"
@@ -135,14 +165,16 @@ def wrong_scores(rows, reference):
     return check
 
 
-def scores_of(model, rows):
+def scores_of(model, rows, trust_remote_code):
     """The scores of the rows from transformers itself."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     pairs = [row[:2] for row in rows]
     tokens = AutoTokenizer.from_pretrained(model)(pairs, padding=True, return_tensors="pt")
-    scorer = AutoModelForSequenceClassification.from_pretrained(model).eval()
+    scorer = AutoModelForSequenceClassification.from_pretrained(
+        model, trust_remote_code=trust_remote_code
+    ).eval()
     with torch.inference_mode():
         logits = scorer(**tokens).logits  # [rows, 1]
     return logits[:, 0].sigmoid().tolist()
@@ -174,7 +206,14 @@ GOOD = [
 ]
 GOOD_FILE = b"\n".join(GOOD)
 GOOD_TEXT = GOOD_FILE.decode()
-GOOD_ROWS = [(*json.loads(text).values(), number) for number, text in enumerate(GOOD, start=1)]
+
+
+def rows_of(lines):
+    """The rows (query, content, label, line) of lines with a row each."""
+    return [(*json.loads(text).values(), number) for number, text in enumerate(lines, start=1)]
+
+
+GOOD_ROWS = rows_of(GOOD)
 
 
 # ---- Input: steps. Each makes a function of a folder, which changes what is in there -------------
@@ -345,7 +384,7 @@ def names_of_files():
     return [
         refused("a name longer than names may be", good, "cannot be read: File name too long",
                 train_dataset="x" * 300),
-        refused("a name with NUL", good, "a\\x00b']: cannot be read: No such file",
+        refused("a name with NUL", good, "a\\x00b']: there is no such file", status=2,
                 train_dataset=["a\0b"]),
         refused("a name with escape sequences", put(escapes, b"[]"),
                 "\\x1b[2J\\x9b31m\\r.jsonl: 1 bad line", train_dataset=escapes),
@@ -356,6 +395,22 @@ def names_of_files():
         evaluates("a name with escape sequences, as the eval file",
                   beside(put(window_title, GOOD_FILE)),
                   "4 rows) of \\x1b]0;x\\x07.", eval_dataset=window_title),
+    ]  # fmt: skip
+
+
+def names_in_gbk():
+    """Names whose bytes are no UTF-8, as an older archive has them."""
+    name = os.fsdecode("数据".encode("gbk"))
+    no_text = "\\udcca\\udcfd\\udcbe\\udcdd: its bytes are no text in utf-8"
+    return [
+        evaluates("a data file with a name in GBK", put(f"{name}.jsonl", GOOD_FILE),
+                  "4 rows) of \\udcca\\udcfd\\udcbe\\udcdd.jsonl.",
+                  eval_dataset=f"{name}.jsonl"),
+        trains("a list of a name in GBK and another", beside(put(name, GOOD[0])),
+               "Label 1.00: 1 (100.00%)", train_dataset=["train.jsonl", name]),
+        bad_setting("an output_dir with a name in GBK", f"output_dir {no_text}", output_dir=name),
+        refused("a model folder with a name in GBK", beside(subfolder(name)),
+                f"model_name_or_path {no_text}", status=2, model_name_or_path=name),
     ]  # fmt: skip
 
 
@@ -473,6 +528,102 @@ def shapes_of_line():
     ]  # fmt: skip
 
 
+def lists_of_texts():
+    nothing_to_score = "give the query a text at least, or take the line out"
+    should_be_lists = "pos and neg should be lists of texts"
+    as_many = "pos_scores and neg_scores should have a number for each text of pos and neg"
+    both = typed_lists(pos=["a", "b"], neg=["c"])
+    no_neg = typed_lists(pos=["d"], neg=[])
+    no_pos = typed_lists(pos=None, neg=["e", "f"], neg_scores=[0, 0.25], pos_scores=[])
+    rows = [("q", "a", 1, 1), ("q", "b", 1, 1), ("q", "c", 0, 1), ("q", "d", 1, 2),
+            ("q", "e", 0, 3), ("q", "f", 0.25, 3)]  # fmt: skip
+    return [
+        bad_line("pos and neg that are empty", typed_lists(pos=[], neg=[]),
+                 f"pos and neg are empty: {nothing_to_score}"),
+        bad_line("pos that is empty, without neg", typed_lists(pos=[]),
+                 f"pos and neg are empty: {nothing_to_score}"),
+        bad_line("hits that are empty", typed_lists(hits=[]), f"hits is empty: {nothing_to_score}"),
+        bad_line("hits that are one hit", typed_lists(hits={"content": "c", "label": 1}),
+                 should_be_lists),
+        bad_line("pos that is null, and neg a text", typed_lists(pos=None, neg="c"),
+                 should_be_lists),
+        bad_line("fewer pos_scores than pos", typed_lists(pos=["a", "b"], pos_scores=[1]), as_many),
+        bad_line("a null among pos", typed_lists(pos=["a", None]), "content is missing"),
+        evaluates("pos without neg, neg without pos", train_lines(both, no_neg, no_pos), rows=rows),
+    ]  # fmt: skip
+
+
+def typed_lists(**keys):
+    return json.dumps({"query": "q", **keys}).encode()
+
+
+def nearly_right_keys():
+    def instead_of(key, name):
+        sample = {"query": "q", "content": "c", "label": 1, name: 1}
+        return json.dumps(changed_keys(sample, {key: ...})).encode()
+
+    def should_read(name, key):
+        return f'{key} is missing: should "{name}" read "{key}"?'
+
+    other_hits = typed_lists(hits=[{"text": "c", "score": 1}])
+    unlike = json.dumps({"q": "a", "d": "b", "y": 1}).encode()
+    return [
+        bad_line("question for query", instead_of("query", "question"),
+                 should_read("question", "query")),
+        bad_line("querry for query", instead_of("query", "querry"), should_read("querry", "query")),
+        bad_line("passage for content", instead_of("content", "passage"),
+                 should_read("passage", "content")),
+        bad_line("Label, and a space, for label", instead_of("label", "Label "),
+                 should_read("Label ", "label")),
+        bad_line("text for content, in a hit", other_hits, should_read("text", "content")),
+        bad_line("positives for pos", b'{"query": "q", "positives": ["a"]}',
+                 'content is missing: should "positives" read "pos"?'),
+        bad_line("a key with escape sequences for query", instead_of("query", "query\x1b"),
+                 'should "query\\x1b" read "query"?'),
+        bad_file("a file of other keys in each line", b"\n".join([unlike] * 3),
+                 ": 3 bad lines\n  line 1: query is missing\n",
+                 "other keys, a data set's folder): python tools/convert_data.py train.jsonl"),
+    ]  # fmt: skip
+
+
+def two_ways(name, one, other, queries=1):
+    """A query is written in two ways: its rows are read as they stand, and count as one query's,
+    with a warning, or as two queries'."""
+    rows = [(one, "七天", 1, 1), (other, "周末", 0, 2)]
+    lines = [line(query=query, content=content, label=label) for query, content, label, _ in rows]
+    found = f"Evaluating on {queries} queries (2 rows) of train.jsonl.\n"
+    if queries == 1:
+        warning = "\nWarning: 1 of 1 queries are written in several ways (2 in all), which differ "
+        ending = " of train.jsonl, for one): each counts as one query.\n"
+        said = ["\nndcg@10 ", warning, ending + found]
+    else:
+        before = "Label 1.00: 1 (50.00%)\n"  # so that no warning stands between
+        said = ["none of the 2 eval queries can be ranked", before + found]
+    return evaluates(name, train_lines(*lines), *said, rows=rows)
+
+
+def spellings():
+    def one_query(name, other, one="how long"):
+        return two_ways(f"one query, {name}", one, other)
+
+    def two_queries(name, other, one="how long"):
+        return two_ways(f"two queries, {name}", one, other, queries=2)
+
+    return [
+        one_query("once with a space behind", "how long "),
+        one_query("once with a no-break space", "how\u00a0long"),
+        one_query("once with a carriage return behind", "how long\r"),
+        one_query("once with a wide space", "how\u3000long"),
+        one_query("once with a zero-width space in it", "how\u200b long"),
+        one_query("once with a byte-order mark", "\ufeffhow long"),
+        one_query("in NFC and in NFD", "cafe\u0301", one="caf\u00e9"),
+        two_queries("by the case of a letter", "How long"),
+        two_queries("by a wide letter", "\uff48ow long"),
+        two_queries("by a space", "howlong"),
+        two_queries("by the tags of a flag", "🏴󠁧󠁢󠁳󠁣󠁴󠁿", one="🏴󠁧󠁢󠁥󠁮󠁧󠁿"),
+    ]
+
+
 def bad_texts():
     return [
         bad_line("a blank text of wide spaces", line(content="\u3000\u2003"), "content is blank"),
@@ -524,6 +675,38 @@ def odd_labels():
     ]  # fmt: skip
 
 
+def evaluations():
+    """Data of which little can be measured."""
+    one_row_each = [line(query=f"q{number}", label=number % 2) for number in range(6)]
+    one_label_each = [line(query=text, content=other, label=label)
+                      for label, text in enumerate("ab") for other in "cd"]  # fmt: skip
+    rare = [line(query=f"q{number}", label=int(number < 5)) for number in range(30)]
+    few = Case("too few relevant rows for a verdict", train_lines(*rare),
+               ("Warning: 5 eval relevant rows are too few: a verdict takes 20.",
+                "Verdict: too few relevant rows to tell. 30 queries, 5 relevant rows.",
+                "a verdict takes 20 or more relevant rows (5 here)"),
+               0, {"eval_dataset": "train.jsonl", "metric_for_best_model": "average_precision",
+                   "base_interpolation": ()},
+               check=wrong_measured_training)  # fmt: skip
+    falls_back = "measured by average precision over all pairs, rather than by NDCG@10"
+    nothing = "there are no eval rows with labels to measure hit@1 by"
+    return [
+        few,
+        evaluates("queries of one row each", train_lines(*one_row_each),
+                  "none of the 6 eval queries can be ranked, for each of them has one row: ",
+                  falls_back, "\naverage_precision ",
+                  rows=rows_of(one_row_each)),
+        evaluates("queries of one label each", train_lines(*one_label_each),
+                  "none of the 2 eval queries can be ranked, for all rows of a query have one and "
+                  "the same label: ", falls_back,
+                  rows=rows_of(one_label_each)),
+        evaluates("hit@1 as the metric", good, "\nhit@1              0.",
+                  metric_for_best_model="hit@1"),
+        refused("hit@1 for queries of one row each", train_lines(*one_row_each), nothing, status=2,
+                left=("cache",), **EVALUATION, metric_for_best_model="hit@1"),
+    ]  # fmt: skip
+
+
 def fine_text(name, text, escaped=False):
     """A text is read, scored and written again exactly as it is, in query and content."""
     rows = [(text, "答", 1, 1), ("问", text, 0, 2), (text, text, 0, 3), ("问", "答", 1, 4)]
@@ -554,6 +737,9 @@ def fine_texts():
 
 # ---- Cases: settings -----------------------------------------------------------------------------
 SAVED = "Model saved successfully!"
+
+
+A_LIST = """'["a.jsonl", "b.jsonl"]'"""
 
 
 def bad_setting(name, said, **settings):
@@ -632,18 +818,55 @@ def settings_that_do_not_fit():
 
 
 def settings_for_data_files():
+    no_file = f": there is no such file; a list is written --train_dataset {A_LIST}"
     return [
-        refused("no data file", good, "[]: cannot be read: No such file", train_dataset=[]),
-        refused("numbers for data files", good, "[1, 2]: cannot be read: No such file",
-                train_dataset=[1, 2]),
-        refused("an empty name of a data file", good, ": cannot be read: ", train_dataset=""),
+        bad_setting("no data file", f"train_dataset []{no_file}", train_dataset=[]),
+        bad_setting("numbers for data files", f"train_dataset [1, 2]{no_file}",
+                    train_dataset=[1, 2]),
+        bad_setting("an empty name of a data file", "train_dataset is empty: it should be str",
+                    train_dataset=""),
+        bad_setting("a list without its quotes", f"train_dataset [train.jsonl, b.jsonl]{no_file}",
+                    train_dataset="[train.jsonl, b.jsonl]"),
+        bad_setting("two data files with a comma", f"train_dataset train.jsonl,b.jsonl{no_file}",
+                    train_dataset="train.jsonl,b.jsonl"),
+        bad_setting("an empty name in a list of data files", "train_dataset is empty",
+                    train_dataset=["train.jsonl", ""]),
+        evaluates("a data file whose name looks like a list", put("[a, b]", GOOD_FILE),
+                  "4 rows) of [a, b].", eval_dataset="[a, b]"),
+    ]  # fmt: skip
+
+
+def names_of_nothing():
+    """Texts that name no file or folder, or None."""
+    home = {"HOME": "home"}
+    at_home = in_turn(subfolder("home"), put("home/a.jsonl", GOOD_FILE))
+    from_home = evaluates("a ~ behind a =", at_home, "4 rows) of home/a.jsonl.",
+                          eval_dataset="~/a.jsonl")  # fmt: skip
+    return [
+        bad_setting("none for data files", "train_dataset cannot be None; of a file or folder of "
+                    "that name: ./none", train_dataset="none"),
+        bad_setting("NULL for an output_dir", "output_dir cannot be None", output_dir="NULL"),
+        bad_setting("an output_dir of spaces", "output_dir is empty: it should be str",
+                    output_dir=" \t"),
+        bad_setting("an empty name of an eval file", "eval_dataset is empty: it should be str or "
+                    "None", eval_dataset=""),
+        bad_setting("an empty format", "query_format is empty", query_format=""),
+        trains("NONE and null for what may be None", good,
+               "No evaluation: nothing will be claimed about the ranking.", SAVED,
+               eval_dataset="NONE", resume_from_checkpoint="null", revision="none"),
+        replace(from_home, environment=home),
     ]  # fmt: skip
 
 
 def command_lines():
     no_value = ("--lr: expected one argument",)
     unknown = ("unknown setting \\x1b[2J; the nearest is ",)
+    stray = ("'b.jsonl' belongs to no setting: each is written --key value, and a list "
+             f"--train_dataset {A_LIST}",)  # fmt: skip
+    two_files = ("--train_dataset", "train.jsonl", "b.jsonl")
     return [
+        Case("a second file behind a key", good, stray, 2, words=two_files),
+        Case("a key with one dash", good, ("'-lr' belongs to no setting",), 2, words=("-lr", "1")),
         Case("a key without a value", good, no_value, 2, words=("--lr",)),
         Case("an unknown key with escape sequences", good, unknown, 2, words=("--\x1b[2J", "1")),
         bad_setting("escape sequences for a number",
@@ -762,9 +985,9 @@ def take_weights(folder):
     return weights
 
 
-def bad_model(name, change, *said, left=(), **settings):
+def bad_model(name, change, *said, status=1, left=(), **settings):
     settings = {"model_name_or_path": "model", **settings}
-    return refused(name, model(change), *said, left=left, **settings)
+    return refused(name, model(change), *said, status=status, left=left, **settings)
 
 
 def fine_model(name, change, *said, reference=TINY):
@@ -784,7 +1007,8 @@ def models_that_are_no_folder():
         named("a path that is no name of a model", "./no/such/folder",
               "./no/such/folder is no local folder"),
         named("a file in place of a model folder", "train.jsonl", "train.jsonl"),
-        named("an empty name of a model", "", "cannot load"),
+        bad_setting("an empty name of a model", "model_name_or_path is empty: it should be str",
+                    model_name_or_path=""),
         named("a model name with escape sequences", "\x1b[2J", "\\x1b[2J"),
         named("a model name with NUL", repr("a\0b"), "a\\x00b"),
         refused("an empty model folder", beside(subfolder("model")), CANNOT_LOAD,
@@ -840,7 +1064,7 @@ def tokenizers():
         bad_model("tokenizer_config.json cut short", put("tokenizer_config.json", b"{"),
                   CANNOT_LOAD),
         bad_model("a tokenizer without padding", edit("tokenizer_config.json", pad_token=...),
-                  f"{other}no padding"),
+                  "model has no padding token", "name one of its vocabulary as pad_token"),
         bad_model("a tokenizer of a larger vocabulary than the model's", small_vocabulary, other),
     ]  # fmt: skip
 
@@ -939,6 +1163,49 @@ def heads():
     ]
 
 
+# Small, with BERT's names of sizes; what an architecture calls otherwise is added where it is made.
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "num_labels": 1,
+}
+
+
+def becomes(kind, **settings):
+    """The model becomes a random one of another architecture, with weights so large that what it
+    reads changes its score."""
+
+    def replace_model(folder):
+        import torch
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        vocabulary = {"vocab_size": 7124, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
+                      "cls_token_id": 0, "sep_token_id": 2, "mask_token_id": 4}  # fmt: skip
+        shape = AutoConfig.for_model(kind, **{**vocabulary, **SMALL, **settings})
+        torch.manual_seed(0)
+        scorer = AutoModelForSequenceClassification.from_config(shape)
+        with torch.no_grad():
+            for weight in scorer.parameters():
+                if weight.ndim > 1:
+                    weight *= 3
+        scorer.save_pretrained(folder)
+
+    return replace_model
+
+
+def tokenizer_of_bert(folder):
+    """Its tokenizer becomes a WordPiece one, which marks two segments."""
+    from transformers import BertTokenizerFast
+
+    (folder / "tokenizer.json").unlink()
+    letters = sorted({*"怎么退款请在七天之内联系客服本店周末休息。？?"})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, "h", "##o", "##w"]
+    (folder / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+
+
 def encoder_decoder(folder):
     """The model becomes a T5."""
     from transformers import T5Config, T5Model
@@ -992,19 +1259,216 @@ def models_that_lead_elsewhere():
     ]  # fmt: skip
 
 
+# A head on the mean of all tokens, under a name for which the first token's would do.
+HEAD_ON_THE_MEAN = b"""from transformers import XLMRobertaForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+class OnTheMean(XLMRobertaForSequenceClassification):
+    def forward(self, input_ids, attention_mask, **others):
+        tokens = self.roberta(input_ids, attention_mask=attention_mask).last_hidden_state
+        is_token = attention_mask.unsqueeze(2).to(tokens.dtype)
+        mean = (tokens * is_token).sum(dim=1) / is_token.sum(dim=1)
+        return SequenceClassifierOutput(logits=self.classifier(mean.unsqueeze(1)))
+"""
+
+
+def heads_of_their_own():
+    code = config(auto_map={"AutoModelForSequenceClassification": "on_the_mean.OnTheMean"})
+    with_code = in_turn(code, put("on_the_mean.py", HEAD_ON_THE_MEAN))
+    on_the_mean = fine_model("a head on the mean of all tokens, by code of its own", with_code)
+    return [
+        replace(on_the_mean, settings={**on_the_mean.settings, "trust_remote_code": True},
+                check=wrong_scores(GOOD_ROWS, "model", trust_remote_code=True)),
+        bad_model("a head in modules of sentence-transformers",
+                  of_sentence_transformers("Transformer", "Pooling", "Dense"),
+                  "computes its score in modules of theirs (Transformer, Pooling, Dense): "
+                  "its trained head would be lost here"),
+        bad_model("a prompt of sentence-transformers",
+                  of_sentence_transformers("Transformer", default_prompt_name="ask",
+                                           prompts={"ask": "问：\x1b"}),
+                  "puts '问：\\x1b' before each query", "give --query_format '问：\\x1b{}'"),
+        fine_model("a cross-encoder of sentence-transformers",
+                   of_sentence_transformers("Transformer", prompts={"ask": "问："})),
+    ]  # fmt: skip
+
+
+def of_sentence_transformers(*names, **settings):
+    """What sentence-transformers writes beside a cross-encoder made of these modules."""
+    modules = [{"idx": index, "type": f"sentence_transformers.models.{name}"}
+               for index, name in enumerate(names)]  # fmt: skip
+    settings = {"model_type": "CrossEncoder", "default_prompt_name": None, **settings}
+    return in_turn(
+        put("modules.json", json.dumps(modules).encode()),
+        put("config_sentence_transformers.json", json.dumps(settings).encode()),
+    )
+
+
+def other_architectures():
+    moves = "padding, or chance, changes what it computes"
+    no_files = without("tokenizer.json", "tokenizer_config.json")
+    decoder = in_turn(becomes("gpt2", n_embd=32, n_layer=2, n_head=2, n_inner=32),
+                      edit("tokenizer_config.json", pad_token=...))  # fmt: skip
+    fewer_of_modernbert = config(num_hidden_layers=1, layer_types=["full_attention"])
+    eurobert = becomes("eurobert", num_key_value_heads=2)
+    squeezebert = becomes("squeezebert", embedding_size=32)
+    xlnet = becomes("xlnet", d_model=32, n_layer=2, n_head=2, d_inner=32)
+    return [
+        bad_model("a decoder without a padding token", decoder,
+                  "model has no padding token", "as is usual for decoders"),
+        bad_model("a BERT without its tokenizer", in_turn(becomes("bert"), no_files), CANNOT_LOAD,
+                  "tokenizer"),
+        bad_model("a DeBERTa without its tokenizer", in_turn(becomes("deberta-v2"), no_files),
+                  CANNOT_LOAD, "tokenizer"),
+        bad_model("fewer layers than the weights of a ModernBERT",
+                  in_turn(becomes("modernbert"), fewer_of_modernbert),
+                  f"{LACKS} 5 weights of its encoder: model.layers.1."),
+        bad_model("fewer layers than the weights of a EuroBERT",
+                  in_turn(eurobert, config(num_hidden_layers=1)),
+                  f"{LACKS} 9 weights of its encoder: model.layers.1."),
+        bad_model("no layers of an ELECTRA",
+                  in_turn(becomes("electra"), config(num_hidden_layers=0)),
+                  f"{LACKS} 32 weights of its encoder: electra.encoder.layer.0."),
+        bad_model("an FNet, which sees padding", becomes("fnet"),
+                  f"(fnet) cannot be used: {moves}"),
+        bad_model("a YOSO, which hashes at random", becomes("yoso"),
+                  f"(yoso) cannot be used: {moves}"),
+        bad_model("an XLNet padded on the left",
+                  in_turn(xlnet, edit("tokenizer_config.json", padding_side="left")),
+                  "(xlnet) cannot be used: "),
+        bad_model("gradient_checkpointing of a SqueezeBERT", squeezebert,
+                  "gradient_checkpointing: transformers has none for squeezebert models",
+                  status=2, left=("cache",), gradient_checkpointing=True),
+    ]  # fmt: skip
+
+
+def segments_and_positions():
+    roberta = becomes("roberta", type_vocab_size=1, pad_token_id=0, max_position_embeddings=513)
+    one_segment = in_turn(tokenizer_of_bert, roberta)
+    no_segment_ids = edit("tokenizer_config.json",
+                          model_input_names=["input_ids", "attention_mask"])  # fmt: skip
+
+    def make(folder):
+        model(one_segment)(folder)
+        shutil.copytree(folder / "model", folder / "reference")
+        no_segment_ids(folder / "reference")
+
+    settings = {"model_name_or_path": "model", **EVALUATION}
+    check = wrong_scores(GOOD_ROWS, "reference")
+    return [
+        Case("one segment, and a tokenizer that marks two", make, (), 0, settings, check=check),
+        bad_model("a tokenizer that takes 8 tokens",
+                  edit("tokenizer_config.json", model_max_length=8),
+                  "model cannot score pairs of texts: ",
+                  "it takes 8 tokens, which is too few for a pair"),
+        bad_model("a tokenizer that takes 2 tokens",
+                  edit("tokenizer_config.json", model_max_length=2),
+                  "model cannot score pairs of texts: ",
+                  "max_len 2 is too small: it takes 6 tokens or more"),
+        bad_model("a tokenizer that takes 40 tokens, and max_len of 48",
+                  edit("tokenizer_config.json", model_max_length=40),
+                  "max_len 48: model takes 40 (positions, model_max_length)", status=2),
+    ]  # fmt: skip
+
+
+# ---- Cases: where it runs ------------------------------------------------------------------------
+def in_environment(case, **environment):
+    return replace(case, environment=environment)
+
+
+def as_usual(name, *said, **settings):
+    """The run leaves the weights that it leaves elsewhere."""
+    return Case(name, good, said, 0, settings, check=other_weights)
+
+
+def variables():
+    def refuses(name, *said, **environment):
+        return in_environment(refused(name, good, *said, status=2), **environment)
+
+    unset = "  one process:      unset them"
+    accumulation = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}
+    return [
+        in_environment(as_usual("RANK=1 alone", SAVED), RANK="1"),
+        refuses("LOCAL_RANK=0 alone", "the processes cannot start: ",
+                "LOCAL_RANK=0", unset, LOCAL_RANK="0"),
+        refuses("WORLD_SIZE=2 alone", "the processes cannot start: ", "WORLD_SIZE=2", unset,
+                WORLD_SIZE="2"),
+        refuses("WORLD_SIZE=two", "the processes cannot start: ", "WORLD_SIZE=two", unset,
+                WORLD_SIZE="two"),
+        refuses("DeepSpeed of accelerate config", "accelerate asks for DeepSpeed, which this "
+                "script cannot use: unset ACCELERATE_USE_DEEPSPEED (it is true)",
+                ACCELERATE_USE_DEEPSPEED="true"),
+        refuses("Megatron-LM of accelerate config", "accelerate asks for Megatron-LM, which this "
+                "script cannot use: unset ACCELERATE_USE_MEGATRON_LM (it is 1)",
+                ACCELERATE_USE_MEGATRON_LM="1"),
+        refuses("a device of accelerate with escape sequences", "for the device \\x1b[2J: unset",
+                ACCELERATE_TORCH_DEVICE="\x1b[2J"),
+        in_environment(as_usual("8 accumulation steps of accelerate config"), **accumulation),
+        in_environment(as_usual("DeepSpeed of accelerate config, off"),
+                       ACCELERATE_USE_DEEPSPEED="False"),
+    ]  # fmt: skip
+
+
+def failing(number, fails=lambda *_: True):
+    """A system call that fails with this error where `fails` says so of its first argument."""
+
+    def call(descriptor, *_, **__):
+        if fails(descriptor):
+            raise OSError(number, os.strerror(number))
+
+    return call
+
+
+def is_folder(descriptor):
+    return os.path.isdir(f"/proc/self/fd/{descriptor}")
+
+
+def file_systems():
+    """What file systems of other machines, and disks that fail, answer."""
+
+    def on_file_system(case, flush=os.fsync, map_file=mmap.mmap):
+        def meddle(script, folder):
+            os.fsync = flush
+            mmap.mmap = map_file
+
+        return replace(case, meddle=meddle)
+
+    def disk_fails(name, said, flush):
+        # The names in the folder may be lost, which is no reason to take the file away.
+        case = refused(name, good, f"{said}: 'output/cache'", left=("cache",))
+        return on_file_system(case, flush)
+
+    no_folder_flushed = failing(errno.EINVAL, is_folder)
+    read = "cannot be mapped into memory there (No such device): each process reads its "
+    refused_memory = refused("no memory to map a file into", good, "Cannot allocate memory",
+                             left=("cache",))  # fmt: skip
+    return [
+        on_file_system(as_usual("a file system that flushes no folders and maps no files", read),
+                       no_folder_flushed, failing(errno.ENODEV)),
+        on_file_system(as_usual("a file system that flushes nothing"), failing(errno.ENOSYS)),
+        disk_fails("a disk that fails", "[Errno 5] Input/output error",
+                   failing(errno.EIO, is_folder)),
+        disk_fails("a disk that is full", "[Errno 28] No space left on device",
+                   failing(errno.ENOSPC, is_folder)),
+        on_file_system(refused_memory, map_file=failing(errno.ENOMEM)),
+    ]  # fmt: skip
+
+
 # ---- All cases -----------------------------------------------------------------------------------
 THEMES = (
     # files
-    encodings, kinds_of_file, several_files, names_of_files, gzip_files, sizes,
+    encodings, kinds_of_file, several_files, names_of_files, names_in_gbk, gzip_files, sizes,
     # lines
-    shapes_of_line, bad_texts, bad_labels, odd_labels, fine_texts,
-    changing_files,
+    shapes_of_line, lists_of_texts, nearly_right_keys, spellings, bad_texts, bad_labels, odd_labels,
+    evaluations, fine_texts, changing_files,
     # settings
     settings_of_a_wrong_type, settings_out_of_range, lengths, settings_that_do_not_fit,
-    settings_for_data_files, command_lines, extreme_settings, output_dirs,
+    settings_for_data_files, names_of_nothing, command_lines, extreme_settings, output_dirs,
     # model folders
     models_that_are_no_folder, configs, tokenizers, files_of_weights, values_of_weights, pickles,
-    heads, encoder_decoders, models_that_lead_elsewhere,
+    heads, heads_of_their_own, encoder_decoders, other_architectures, segments_and_positions,
+    models_that_lead_elsewhere,
+    # where it runs
+    variables, file_systems,
 )  # fmt: skip
 
 
@@ -1118,6 +1582,7 @@ def run_as_child(script, case, folder):
         refuse_network()
         os.chdir(folder / "work")
         tempfile.tempdir = str(folder / "temporary")
+        os.environ.update(case.environment)
         if case.meddle:
             case.meddle(script, folder / "work")
         sys.argv = ["train_bert_rerank.py", *command_line(case)]

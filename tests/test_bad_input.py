@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, rows_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from transformers import CONFIG_MAPPING
 
 import train_bert_rerank
 from train_bert_rerank import UserError, printable, read_rows
@@ -46,7 +47,39 @@ def run():
 
 
 # ---- The battery -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", CASES)
+# Each shows at another place, or in another spelling, what a case of the default run shows.
+REPEATS = (
+    "a list of a name in GBK and another", "hits that are one hit", "pos that is null, and neg a text",
+    "querry for query", "passage for content", "Label, and a space, for label",
+    "one query, once with a no-break space", "one query, once with a carriage return behind",
+    "one query, once with a wide space", "one query, once with a zero-width space in it",
+    "one query, once with a byte-order mark", "two queries, by a wide letter", "two queries, by a space",
+    "two queries, by the tags of a flag", "queries of one label each", "hit@1 as the metric",
+    "a data file whose name looks like a list", "NONE and null for what may be None", "a ~ behind a =",
+    "a cross-encoder of sentence-transformers", "a DeBERTa without its tokenizer",
+    "fewer layers than the weights of a EuroBERT", "a YOSO, which hashes at random", "WORLD_SIZE=two",
+    "DeepSpeed of accelerate config, off", "a file system that flushes nothing", "a disk that is full",
+    "no memory to map a file into",
+)  # fmt: skip
+# What a case should give, and does not yet: it is red once it does.
+KNOWN_FAULTS = {
+    "no layers": "the message is an IndexError's, and does not say that config.json leaves the layers out",
+    "no layers of an ELECTRA": "the model is taken, and scores without its layers",
+}
+
+
+def each_case():
+    """The cases, with the marks of those that are slow or known to fail."""
+    for name in CASES:
+        marks = [pytest.mark.slow] if name in REPEATS else []
+        if "EuroBERT" in name and "eurobert" not in CONFIG_MAPPING:
+            marks.append(pytest.mark.skip(reason="transformers knows no EuroBERT before 5"))
+        if name in KNOWN_FAULTS:
+            marks.append(pytest.mark.xfail(strict=True, reason=KNOWN_FAULTS[name]))
+        yield pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", [*each_case()])
 def test_bad_input_ends_in_one_clear_message_or_the_right_result(run, name):
     outcome = run(name)
     assert outcome["complaints"] == [], outcome["said"]
@@ -54,7 +87,8 @@ def test_bad_input_ends_in_one_clear_message_or_the_right_result(run, name):
 
 def test_the_battery_is_as_large_as_promised_and_has_refusals_and_right_results():
     statuses = [case.status for case in CASES.values()]
-    assert len(statuses) >= 120 and {0, 1, 2} == {*statuses} and statuses.count(0) >= 30
+    assert len(statuses) >= 300 and {0, 1, 2} == {*statuses} and statuses.count(0) >= 70
+    assert CASES.keys() >= {*REPEATS, *KNOWN_FAULTS}
 
 
 # ---- The battery can fail --------------------------------------------------------------------------------------------
@@ -66,6 +100,10 @@ def test_the_battery_is_as_large_as_promised_and_has_refusals_and_right_results(
     ("one row", {"eval_dataset": "train.jsonl", "batch_size": 1}, "exit status 2, not 0"),
     ("max_len of 8", {"eval_dataset": "train.jsonl"}, "output_dir holds "),
     ("a line of 10 MB", {"max_len": 7}, "exit status 2, not 0"),
+    ("RANK=1 alone", {"seed": 7}, "weights are others than usual"),
+    ("a head on the mean of all tokens, by code of its own", {"trust_remote_code": False}, "scores are "),
+    ("too few relevant rows for a verdict", {"eval_dataset": None}, "does not say 'Verdict: too few relevant rows"),
+    ("a data file with a name in GBK", {"output_dir": "output/again"}, "[Errno 2] No such file or directory: "),
 ])  # fmt: skip
 def test_what_a_case_looks_at_shows_where_it_is_not_as_expected(run, name, changes, complaint):
     assert any(each.startswith(complaint) for each in run(name, **changes)["complaints"])
@@ -237,5 +275,6 @@ def test_the_script_holds_no_pickle_no_shell_and_one_eval_which_is_of_its_own_so
     loads = [call for call in calls if ast.unparse(call.func) == "torch.load"]
     assert loads and all("weights_only=True" in map(ast.unparse, call.keywords) for call in loads)
     assert not any(keyword.arg in ("shell", "allow_pickle") for call in calls for keyword in call.keywords)
-    [started] = [text for text in map(ast.unparse, calls) if re.match(r"subprocess\.(?!list2)\w+\([^.]*$", text)]
-    assert started.startswith("subprocess.run(command, ") and "command = ['git', " in ast.unparse(tree), "a list"
+    started = [call for call in calls if re.match(r"subprocess\.(?!list2)", ast.unparse(call.func))]
+    assert [ast.unparse(call).partition(", ")[0] for call in started] == ["subprocess.run(command"]
+    assert "command = ['git', " in ast.unparse(tree), "a list"
