@@ -1614,15 +1614,16 @@ class BertRerankerModel(torch.nn.Module):
     """A cross-encoder with one logit per (query, document) pair, and its tokenizer.
 
     `new_weights` names what the checkpoint lacked (a plain encoder's head) and torch's random
-    generator filled in. An encoded pair is (ids, boundary, cut): int32 token ids with special
-    tokens, how many lie in the first segment, and whether nothing (0), the document (1) or the
-    query as well (2) was cut."""
+    generator filled in; `has_other_head` tells of one of another size there. An encoded pair is
+    (ids, boundary, cut): int32 token ids with special tokens, how many lie in the first segment,
+    and whether nothing (0), the document (1) or the query as well (2) was cut."""
 
     def __init__(self, model, tokenizer, new_weights=()):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.new_weights = new_weights
+        self.has_other_head = False
 
     @classmethod
     def from_pretrained(
@@ -1645,6 +1646,7 @@ class BertRerankerModel(torch.nn.Module):
         match_inputs(model, tokenizer)
         # A checkpoint in fp16 is trained in fp32 too.
         reranker = cls(model.float(), tokenizer, new_weights)
+        reranker.has_other_head = len(info["mismatched_keys"]) > 0
         require_same_scores(name, reranker)
         return reranker
 
@@ -2478,7 +2480,6 @@ class Run:
     base_weights: dict | None = None
     best_weights: dict | None = None
     owes_checkpoint: bool = False  # one is due, once a step is good
-    owns_group: bool = True  # whether the processes' group began with the run, and ends with it
 
     @property
     def samples_per_step(self):
@@ -2641,10 +2642,9 @@ def load_base(args):
     model = BertRerankerModel.from_pretrained(name, args["revision"], args["trust_remote_code"])
     if model.new_weights:
         names = ", ".join(model.new_weights)
-        say(
-            f"Not in {name}, or there with another number of outputs than one, so drawn with seed "
-            f"{args['seed']}: {names}"
-        )
+        say(f"Not in {name}, so drawn with seed {args['seed']}: {names}")
+    if model.has_other_head:
+        say("The head that is there has another number of outputs than one: it is not used.")
     if max_len > model.max_len:
         raise UserError(
             f"max_len {max_len}: {name} takes {model.max_len} (positions, model_max_length)", 2
@@ -4244,14 +4244,12 @@ def peak_memory(device):
 
 
 def end_run(run):
-    """Let go of the loggers and of the processes' group, unless it is a caller's."""
+    """Let go of the loggers and of DDP, not of the processes' group: another train() in these
+    processes could begin none, and it may be a caller's. main() ends it."""
     # DDP must go before its group, or gloo may hang.
     run.wrapped, run.optimizer = run.accelerator.free_memory(run.wrapped, run.optimizer)
-    if run.owns_group:
-        run.accelerator.end_training()
-    else:
-        for tracker in run.accelerator.trackers:
-            tracker.finish()
+    for tracker in run.accelerator.trackers:
+        tracker.finish()
 
 
 # ---- train() and main() --------------------------------------------------------------------------
@@ -4265,7 +4263,6 @@ def train(args: dict) -> dict:
     eval_report.json holds (None without evaluation)."""
     args = check_settings(args)
     seed_everything(args["seed"])
-    owns_group = not torch.distributed.is_initialized()
     start_processes()
     say(f"Training Args: {args}")
     run_dir = Path(args["output_dir"], "unfinished_run" if args["epochs"] else "evaluation")
@@ -4275,7 +4272,6 @@ def train(args: dict) -> dict:
 
     started = time.perf_counter()
     run = prepare(args, run_dir, checkpoint_folder)
-    run.owns_group = owns_group
     if run.eval_data and not run.progress.step:
         run.progress.candidates = [evaluate(run)]
     if not args["epochs"]:
@@ -4355,10 +4351,10 @@ def report_base(run):
 
 
 def is_command():
-    """Whether this process was started as a command, whose arguments are settings: the kernel of a
-    notebook, or a console, has arguments of its own."""
-    is_script = hasattr(sys.modules["__main__"], "__file__")
-    return is_script or sys.argv[:1] in (["-c"], ["-"])
+    """Whether the arguments of this process are settings: the kernel of a notebook, or a console of
+    IPython, has arguments of its own, unless a file is run in it."""
+    is_ipython = hasattr(builtins, "get_ipython")
+    return not is_ipython or hasattr(sys.modules["__main__"], "__file__")
 
 
 @contextmanager
@@ -4425,6 +4421,8 @@ def main():
     arguments = sys.argv[1:] if is_command() else []
     try:
         train({**args, **parse_command_line(arguments)})
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except (UserError, OSError) as error:  # a full disk, a folder without permission
         status = getattr(error, "exit_status", 1)
         if is_first_of_machine():
@@ -4433,7 +4431,7 @@ def main():
         sys.exit(status)
     except RuntimeError as error:
         # gloo says "Connection closed by peer", or reset, where another process has gone.
-        if "by peer" not in str(error) or PartialState().num_processes == 1:
+        if "by peer" not in str(error) or not torch.distributed.is_initialized():
             raise
         sys.exit(f"Error: another process of this run has ended: {error}\n{CHOICES}")
 

@@ -548,7 +548,7 @@ def lists_of_texts():
         bad_line("pos that is null, and neg a text", typed_lists(pos=None, neg="c"),
                  should_be_lists),
         bad_line("fewer pos_scores than pos", typed_lists(pos=["a", "b"], pos_scores=[1]), as_many),
-        bad_line("a null among pos", typed_lists(pos=["a", None]), "content is missing"),
+        bad_line("a null among pos", typed_lists(pos=["a", None]), "pos[1] is missing"),
         evaluates("pos without neg, neg without pos", train_lines(both, no_neg, no_pos), rows=rows),
     ]  # fmt: skip
 

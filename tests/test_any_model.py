@@ -358,3 +358,51 @@ def test_the_pairs_that_the_look_at_loading_scores_fit_models_with_few_positions
     edit_json(tmp_path / "tokenizer_config.json", model_max_length=8)
     with pytest.raises(UserError, match="it takes 8 tokens, which is too few for a pair"):
         BertRerankerModel.from_pretrained(folder)
+
+
+# ---- What an outside tester tried ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind, said", [("fnet", "padding, or chance"), ("xlm-roberta", None)])
+def test_a_head_of_zeros_hides_nothing_and_stays_as_it_is(tmp_path, kind, said):
+    folder = save_model(kind, tmp_path)
+    weights = load_file(f"{folder}/model.safetensors")
+    [name] = [name for name in weights if re.fullmatch(r"classifier(\.out_proj)?\.weight", name)]
+    weights[name].zero_()
+    save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
+    if said:
+        with pytest.raises(UserError, match=said):
+            BertRerankerModel.from_pretrained(folder)
+    else:
+        assert not BertRerankerModel.from_pretrained(folder).model.get_parameter(name).any()
+
+
+def test_what_a_tokenizer_would_do_otherwise_elsewhere_is_saved_as_it_is_done_here(tmp_path, tiny_bert):  # noqa: F811
+    folder = save_model("bert", tmp_path / "model", tiny_bert)
+    edit_json(tmp_path / "model" / "tokenizer_config.json", padding_side="left",
+              model_input_names=["input_ids", "token_type_ids"])  # fmt: skip
+    BertRerankerModel.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    assert_scores_as_elsewhere(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("kind", ["xlm-roberta", "electra", "gpt2"])
+def test_a_config_without_any_layer_is_refused(tmp_path, kind):
+    folder = save_model(kind, tmp_path)
+    edit_json(tmp_path / "config.json", **({"n_layer": 0} if kind == "gpt2" else {"num_hidden_layers": 0}))
+    with pytest.raises(UserError, match=r"lacks \d+ weights of its encoder"):
+        BertRerankerModel.from_pretrained(folder)
+
+
+def test_a_trained_head_of_two_classes_is_said_to_be_there_and_not_used(tmp_path, run_settings, capsys):
+    folder = save_model("xlm-roberta", tmp_path / "two", num_labels=2)
+    train({**run_settings, "model_name_or_path": folder})
+    assert "The head that is there has another number of outputs than one: it is not used." in capsys.readouterr().out
+    train({**run_settings, "model_name_or_path": TINY})
+    assert "number of outputs" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["modules.json", "config_sentence_transformers.json"])
+@pytest.mark.parametrize("content", ["[", "[1]", '[{"path": ""}]'])
+def test_damaged_settings_of_sentence_transformers_are_named(in_modules, tmp_path, name, content):
+    shutil.copytree(in_modules, tmp_path / "copy")
+    (tmp_path / "copy" / name).write_text(content)
+    with pytest.raises(UserError, match="one of modules.json, config_sentence_transformers.json is damaged"):
+        BertRerankerModel.from_pretrained(str(tmp_path / "copy"))

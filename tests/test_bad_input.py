@@ -61,21 +61,14 @@ REPEATS = (
     "DeepSpeed of accelerate config, off", "a file system that flushes nothing", "a disk that is full",
     "no memory to map a file into",
 )  # fmt: skip
-# What a case should give, and does not yet: it is red once it does.
-KNOWN_FAULTS = {
-    "no layers": "the message is an IndexError's, and does not say that config.json leaves the layers out",
-    "no layers of an ELECTRA": "the model is taken, and scores without its layers",
-}
 
 
 def each_case():
-    """The cases, with the marks of those that are slow or known to fail."""
+    """The cases, with the marks of those that are slow."""
     for name in CASES:
         marks = [pytest.mark.slow] if name in REPEATS else []
         if "EuroBERT" in name and "eurobert" not in CONFIG_MAPPING:
             marks.append(pytest.mark.skip(reason="transformers knows no EuroBERT before 5"))
-        if name in KNOWN_FAULTS:
-            marks.append(pytest.mark.xfail(strict=True, reason=KNOWN_FAULTS[name]))
         yield pytest.param(name, marks=marks)
 
 
@@ -88,7 +81,7 @@ def test_bad_input_ends_in_one_clear_message_or_the_right_result(run, name):
 def test_the_battery_is_as_large_as_promised_and_has_refusals_and_right_results():
     statuses = [case.status for case in CASES.values()]
     assert len(statuses) >= 300 and {0, 1, 2} == {*statuses} and statuses.count(0) >= 70
-    assert CASES.keys() >= {*REPEATS, *KNOWN_FAULTS}
+    assert CASES.keys() >= {*REPEATS}
 
 
 # ---- The battery can fail --------------------------------------------------------------------------------------------

@@ -319,6 +319,25 @@ def test_a_run_whose_loss_is_that_of_a_constant_answer_after_a_third_of_its_step
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=0.03)
 
 
+def test_soft_labels_that_leave_little_to_gain_are_no_sign_that_nothing_is_learnt(data, write_jsonl, tmp_path, capsys):
+    rows = [{**row, "label": 0.5 + 0.15 * (2 * row["label"] - 1)} for row in read_jsonl(data["train"])]
+    settings = settings_of(data, tmp_path / "out", train_dataset=write_jsonl("soft.jsonl", rows), epochs=10, lr=5e-4)
+    train_bert_rerank.train({**settings, "eval_dataset": None})  # 0.693 for a constant, 0.647 for the best of models
+    assert "constant answer" not in capsys.readouterr().out
+
+
+def test_a_stop_at_a_third_of_the_steps_does_not_swallow_that_nothing_is_learnt(
+    data, encoder, tmp_path, capsys, monkeypatch
+):
+    original = train_bert_rerank.train_step
+    monkeypatch.setattr(train_bert_rerank, "train_step",
+                        lambda run, window: original(run, window) or run.progress.step == 13)  # fmt: skip
+    settings = settings_of(data, tmp_path / "out", model_name_or_path=encoder, epochs=3, lr=1e-7)
+    with pytest.raises(UserError, match="Stopped by SIGTERM after step 13 of 39"):
+        train_bert_rerank.train(settings)
+    assert "after 13 of 39 steps the loss" in capsys.readouterr().out
+
+
 def test_a_run_that_learns_or_is_too_short_to_tell_is_not_said_to_learn_nothing(data, write_jsonl, tmp_path, capsys):
     train_bert_rerank.train(settings_of(data, tmp_path / "out", epochs=3))
     short = write_jsonl("short.jsonl", rows_of(90))

@@ -1,6 +1,7 @@
 """Where people run it: notebooks, zip files, pipes that nobody reads, folders of other machines, names of another
 encoding, a process that does other things too, an environment made for accelerate."""
 
+import builtins
 import errno
 import json
 import logging
@@ -17,6 +18,7 @@ import zipfile
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -87,7 +89,9 @@ def test_a_full_disk_behind_the_output_is_one_error(settings, tmp_path):
     with open("/dev/full", "w") as full:
         process = python([SCRIPT, *command_line(settings)], tmp_path, stdout=full, stderr=subprocess.PIPE)
         errors = process.communicate(timeout=300)[1]
-    assert process.returncode == 1 and errors.splitlines() == ["Error: [Errno 28] No space left on device"]
+    assert process.returncode == 1 and errors.splitlines() == [
+        "Error: [Errno 28] No space left on device: 'output of this command'"
+    ]
 
 
 def test_train_in_a_users_own_program_says_what_its_terminal_cannot_show_with_question_marks(settings, tmp_path):
@@ -158,13 +162,22 @@ def test_a_notebook_gives_the_weights_and_the_text_of_the_command(way, small_mod
 def test_main_in_a_kernel_or_console_takes_its_arguments_for_no_settings(monkeypatch, settings):
     monkeypatch.setattr(train_bert_rerank, "train", lambda args: given.update(args))
     given = {}
-    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    main_module = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main_module)
+    monkeypatch.setattr(builtins, "get_ipython", object, raising=False)
     monkeypatch.setattr(sys, "argv", ["/lib/ipykernel_launcher.py", "-f", "/run/kernel-1.json"])
     train_bert_rerank.main()
-    assert set(given) == set(train_bert_rerank.read_settings())
-    monkeypatch.setattr(sys, "argv", ["-c", "--epochs", "7"])
+    assert set(given) == set(train_bert_rerank.read_settings()) and given["epochs"] == 3
+
+    monkeypatch.setattr(sys, "argv", ["train_bert_rerank.py", "--epochs", "7"])
+    main_module.__file__ = "train_bert_rerank.py"  # as with %run
     train_bert_rerank.main()
     assert given["epochs"] == 7
+    del main_module.__file__
+    monkeypatch.delattr(builtins, "get_ipython")  # as with python -c, or where another program embeds Python
+    monkeypatch.setattr(sys, "argv", ["-c", "--epochs", "8"])
+    train_bert_rerank.main()
+    assert given["epochs"] == 8
 
 
 def test_main_needs_no_file_behind_the_output_nor_the_main_thread(run_main, settings):
@@ -301,7 +314,7 @@ def test_what_is_written_as_json_is_valid_utf_8_and_reads_back_the_same(value):
 
 @pytest.mark.parametrize("key", ["model_name_or_path", "output_dir", "train_dataset", "query_format"])
 def test_a_name_that_a_library_cannot_take_is_refused_at_once(settings, tmp_path, key):
-    path = str(tmp_path / GBK)
+    path = str(tmp_path / GBK) + ("{}" if key == "query_format" else "")
     with pytest.raises(UserError, match=f"^{key} .*: its bytes are no text in utf-8.*PYTHONUTF8=1"):
         train({**settings, "log_with": "wandb" if key == "train_dataset" else None, key: path})
 

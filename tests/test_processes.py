@@ -23,10 +23,10 @@ def settings(write_jsonl, small_model, tmp_path):
 def run_python(tmp_path):
     """run_python(code, …) -> CompletedProcess of a Python file with `code`, which can import the script."""
 
-    def run(code, *arguments, **environment):
+    def run(code, *arguments, launcher=(), **environment):
         (tmp_path / "starter.py").write_text(code)
         return subprocess.run(
-            [sys.executable, str(tmp_path / "starter.py"), *arguments], cwd=tmp_path, timeout=200, text=True,
+            [sys.executable, *launcher, str(tmp_path / "starter.py"), *arguments], cwd=tmp_path, timeout=200, text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )  # fmt: skip
@@ -35,7 +35,7 @@ def run_python(tmp_path):
 
 
 @pytest.mark.parametrize("epochs, results", [(1, "final_model"), (0, "evaluation")])
-@pytest.mark.parametrize("environment", [{"RANK": "1"}, {"RANK": "3", "MASTER_ADDR": "10.0.0.1"}], ids=str)
+@pytest.mark.parametrize("environment", [{"RANK": "1"}, {"RANK": "", "LOCAL_RANK": "", "WORLD_SIZE": ""}], ids=str)
 def test_a_rank_that_is_left_over_in_the_environment_keeps_no_run_from_writing(
     run_script, settings, tmp_path, environment, epochs, results
 ):
@@ -48,7 +48,7 @@ def test_a_rank_that_is_left_over_in_the_environment_keeps_no_run_from_writing(
 @pytest.mark.parametrize(
     "environment",
     [{"LOCAL_RANK": "0"}, {"LOCAL_RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2"},
-     {"WORLD_SIZE": "two"}, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}],
+     {"WORLD_SIZE": "two"}, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}],
     ids=str,
 )  # fmt: skip
 def test_half_of_a_launchers_environment_is_refused_with_what_there_is_and_what_to_do(
@@ -77,7 +77,8 @@ from train_bert_rerank import train
 
 def worker(rank, settings, folder):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=%s)
-    train(settings)
+    for epochs in (0, 1):
+        train({**settings, "epochs": epochs})
 
 if __name__ == "__main__":
     torch.multiprocessing.spawn(worker, (json.loads(sys.argv[1]), os.getcwd()), nprocs=2)
@@ -89,10 +90,27 @@ def test_of_processes_that_python_itself_starts_one_is_the_main_one(run_python, 
     code = DEBUG_LAUNCHER if starter == "debug_launcher" else SPAWN % repr(str(20000 + os.getpid() % 20000))
     result = run_python(code, json.dumps(settings))
     assert result.returncode == 0, result.stdout
-    for line in ("Training Args: {", "Model saved successfully!", "Verdict: "):
+    assert result.stdout.count("Training Args: {") == (2 if starter == "spawn" else 1)
+    for line in ("Model saved successfully!", "Verdict: "):
         assert result.stdout.count(line) == 1, line
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["processes"] == 2 and set(run["results"]) <= set(os.listdir(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_the_command_ends_the_group_of_its_processes_after_an_evaluation_alone_too(run_python, settings, epochs):
+    code = """
+import runpy, sys
+import torch
+script = sys.argv.pop(1)
+runpy.run_path(script, run_name="__main__")
+print("left:", torch.distributed.is_initialized())
+"""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    result = run_python(code, str(ROOT / "train_bert_rerank.py"), *command_line({**settings, "epochs": epochs}),
+                        launcher=launcher)  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("left: False") == 2
 
 
 OWN_GROUP = """
@@ -115,8 +133,57 @@ if __name__ == "__main__":
 def test_processes_that_would_each_train_alone_and_write_to_one_folder_are_refused(run_python, settings, tmp_path):
     result = run_python(OWN_GROUP, json.dumps(settings))
     assert result.returncode == 0, result.stdout
-    assert result.stdout.count("2 processes are announced, 1 found.") == 2
+    assert result.stdout.count("there is a process group of 2, which cannot be used: set RANK, LOCAL_RANK") == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_of_two_runs_that_know_nothing_of_each_other_one_writes_to_a_folder(settings, run_python, tmp_path):
+    code = """
+import json, sys
+import train_bert_rerank as script
+
+def beside(run, original=script.fit_bias):
+    script.fit_bias = original
+    script.ONE_RUN.release()  # as in another process
+    held, script.LOCKED_FOLDERS = script.LOCKED_FOLDERS, []
+    try:
+        script.train(settings)
+    except script.UserError as error:
+        print("second:", error)
+    script.ONE_RUN.acquire()
+    script.LOCKED_FOLDERS = held
+    return original(run)
+
+settings = json.loads(sys.argv[1])
+script.fit_bias = beside
+script.train(settings)
+script.train(settings)
+"""
+    result = run_python(code, json.dumps({**settings, "overwrite_output_dir": True}))
+    assert result.returncode == 0, result.stdout
+    assert f"second: another run is writing to {tmp_path / 'out'}: take another output_dir" in result.stdout
+    assert result.stdout.count("Model saved successfully!") == 2, "the first, and the third when it had ended"
+
+
+CALLERS_OWN = """
+import json, os, sys
+import torch
+from accelerate import Accelerator
+from train_bert_rerank import train
+
+settings = json.loads(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method=f"file://{os.getcwd()}/store", rank=0, world_size=1)
+accelerator = Accelerator(cpu=True, mixed_precision="no", gradient_accumulation_steps=4)
+for epochs in (0, 1):
+    train({**settings, "epochs": epochs, "mixed_precision": "bf16"})
+    assert torch.distributed.is_initialized(), "the group is the caller's"
+    assert (accelerator.mixed_precision, accelerator.gradient_accumulation_steps) == ("no", 4)
+"""
+
+
+def test_a_callers_process_group_and_accelerator_are_as_before(run_python, settings):
+    result = run_python(CALLERS_OWN, json.dumps(settings))
+    assert result.returncode == 0, result.stdout
 
 
 def test_a_tool_says_what_it_does_whatever_rank_is_left_over(tmp_path, monkeypatch):
