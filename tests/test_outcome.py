@@ -319,6 +319,7 @@ def test_a_run_whose_loss_is_that_of_a_constant_answer_after_a_third_of_its_step
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=0.03)
 
 
+@pytest.mark.slow
 def test_soft_labels_that_leave_little_to_gain_are_no_sign_that_nothing_is_learnt(data, write_jsonl, tmp_path, capsys):
     rows = [{**row, "label": 0.5 + 0.15 * (2 * row["label"] - 1)} for row in read_jsonl(data["train"])]
     settings = settings_of(data, tmp_path / "out", train_dataset=write_jsonl("soft.jsonl", rows), epochs=10, lr=5e-4)

@@ -58,7 +58,7 @@ def python(arguments, tmp_path, **options):
 
 
 # ---- Output that nobody reads ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("merged", [False, True], ids=["stdout", "stdout and stderr"])
+@pytest.mark.parametrize("merged", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_goes_on_to_its_end_when_nobody_reads_its_output_any_more(settings, tmp_path, merged):
     stderr = subprocess.STDOUT if merged else subprocess.DEVNULL
     process = python([SCRIPT, *command_line(settings)], tmp_path, stdout=subprocess.PIPE, stderr=stderr)
@@ -67,6 +67,7 @@ def test_a_run_goes_on_to_its_end_when_nobody_reads_its_output_any_more(settings
     assert process.wait(300) == 0 and is_complete(settings)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_its_end_when_its_terminal_has_gone(settings, tmp_path):
     ours, theirs = pty.openpty()
     process = python([SCRIPT, *command_line(settings)], tmp_path, stdin=subprocess.DEVNULL, stdout=theirs,
@@ -77,7 +78,9 @@ def test_a_run_goes_on_to_its_end_when_its_terminal_has_gone(settings, tmp_path)
     assert process.wait(300) == 0 and is_complete(settings)
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", [
+    ">&-", pytest.param("2>&-", marks=pytest.mark.slow), pytest.param("<&- >&- 2>&-", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_run_needs_no_output(settings, tmp_path, closed):
     command = subprocess.list2cmdline([sys.executable, str(SCRIPT)])
     options = [f"'{text}'" for text in command_line(settings)]
@@ -85,6 +88,7 @@ def test_a_run_needs_no_output(settings, tmp_path, closed):
     assert done.returncode == 0 and is_complete(settings)
 
 
+@pytest.mark.slow
 def test_a_full_disk_behind_the_output_is_one_error(settings, tmp_path):
     with open("/dev/full", "w") as full:
         process = python([SCRIPT, *command_line(settings)], tmp_path, stdout=full, stderr=subprocess.PIPE)
@@ -94,6 +98,7 @@ def test_a_full_disk_behind_the_output_is_one_error(settings, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_train_in_a_users_own_program_says_what_its_terminal_cannot_show_with_question_marks(settings, tmp_path):
     settings["output_dir"] = str(tmp_path / "输出")
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from train_bert_rerank import train; train({settings!r})"
@@ -134,6 +139,7 @@ def test_a_compiled_file_alone_loads_models_and_says_that_the_settings_are_missi
     assert lines[0].startswith("Error: the source of main(), where the settings stand, is missing")
 
 
+@pytest.mark.slow
 def test_source_from_standard_input_or_exec_is_one_error_that_says_what_is_missing(tmp_path):
     with open(SCRIPT) as source:
         status, lines = run_elsewhere(["-", "--epochs", "1"], tmp_path, stdin=source)
@@ -256,6 +262,7 @@ def test_seed_everything_itself_stays_in_force():
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="PyTorch before 2.9 has no such names")
+@pytest.mark.slow
 def test_a_process_that_sets_precision_by_its_newer_name_keeps_it(settings, tmp_path):
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})

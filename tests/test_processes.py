@@ -34,8 +34,12 @@ def run_python(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("epochs, results", [(1, "final_model"), (0, "evaluation")])
-@pytest.mark.parametrize("environment", [{"RANK": "1"}, {"RANK": "", "LOCAL_RANK": "", "WORLD_SIZE": ""}], ids=str)
+@pytest.mark.parametrize("epochs, results", [
+    (1, "final_model"), pytest.param(0, "evaluation", marks=pytest.mark.slow),
+])  # fmt: skip
+@pytest.mark.parametrize("environment", [
+    {"RANK": "1"}, pytest.param({"RANK": "", "LOCAL_RANK": "", "WORLD_SIZE": ""}, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
 def test_a_rank_that_is_left_over_in_the_environment_keeps_no_run_from_writing(
     run_script, settings, tmp_path, environment, epochs, results
 ):
@@ -45,12 +49,13 @@ def test_a_rank_that_is_left_over_in_the_environment_keeps_no_run_from_writing(
     assert "Training Args: {" in result.stdout and "average_precision" in result.stdout
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [{"LOCAL_RANK": "0"}, {"LOCAL_RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2"},
-     {"WORLD_SIZE": "two"}, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}],
-    ids=str,
-)  # fmt: skip
+HALVES = [{"LOCAL_RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"},
+          {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("environment", [
+    {"LOCAL_RANK": "0"}, *(pytest.param(each, marks=pytest.mark.slow) for each in HALVES),
+], ids=str)  # fmt: skip
 def test_half_of_a_launchers_environment_is_refused_with_what_there_is_and_what_to_do(
     run_script, settings, tmp_path, environment
 ):
@@ -85,7 +90,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("starter", ["debug_launcher", "spawn"])
+@pytest.mark.parametrize("starter", ["debug_launcher", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_of_processes_that_python_itself_starts_one_is_the_main_one(run_python, settings, tmp_path, starter):
     code = DEBUG_LAUNCHER if starter == "debug_launcher" else SPAWN % repr(str(20000 + os.getpid() % 20000))
     result = run_python(code, json.dumps(settings))
@@ -97,7 +102,7 @@ def test_of_processes_that_python_itself_starts_one_is_the_main_one(run_python, 
     assert run["processes"] == 2 and set(run["results"]) <= set(os.listdir(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("epochs", [0, 1])
+@pytest.mark.parametrize("epochs", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_command_ends_the_group_of_its_processes_after_an_evaluation_alone_too(run_python, settings, epochs):
     code = """
 import runpy, sys
@@ -137,6 +142,7 @@ def test_processes_that_would_each_train_alone_and_write_to_one_folder_are_refus
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_of_two_runs_that_know_nothing_of_each_other_one_writes_to_a_folder(settings, run_python, tmp_path):
     code = """
 import json, sys
