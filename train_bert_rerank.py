@@ -976,7 +976,10 @@ def judged_of_text_lists(sample, min_label, max_label):
         raise ValueError(f"pos and neg are empty: {GIVE_IT_ROWS}")
     for key, texts in (("pos", pos), ("neg", neg)):
         for place, text in enumerate(texts):
-            check_text(f"{key}[{place}]", text)
+            try:
+                check_text("content", text)
+            except ValueError as error:
+                raise ValueError(f"{error} ({key}[{place}])") from error
     if pos_scores or neg_scores:
         if len(pos_scores) != len(pos) or len(neg_scores) != len(neg):
             raise ValueError(
@@ -1702,15 +1705,6 @@ class BertRerankerModel(torch.nn.Module):
                 tokenizer.no_padding()
         return tokenizer
 
-    @property
-    def tokenizer_text(self):
-        """What tells this tokenizer from others, as text."""
-        try:
-            return self.plain_tokenizer.to_str()
-        except Exception:  # there is no narrower one: a part is written in Python, as RoFormer's
-            vocabulary = sorted(self.tokenizer.get_vocab().items())
-            return repr((type(self.tokenizer).__name__, vocabulary))
-
     def encode(self, pairs, max_len):
         """Yield an encoded pair of at most `max_len` tokens for each (query, document) pair. The
         document is cut; a query only where it leaves no room, down to room for one token of the
@@ -1976,6 +1970,15 @@ def has_finite_weights(model):
 
 
 # ---- Tokenised data ------------------------------------------------------------------------------
+def tokenizer_text(model):
+    """What tells the tokenizer of a BertRerankerModel from others, as text."""
+    try:
+        return model.plain_tokenizer.to_str()
+    except Exception:  # there is no narrower one: a part is written in Python, as RoFormer's
+        vocabulary = sorted(model.tokenizer.get_vocab().items())
+        return repr((type(model.tokenizer).__name__, vocabulary))
+
+
 class RerankDataset:
     """N rows: a sequence of encoded pairs, with `labels` [N] in [0, 1] and `lengths` [N] in tokens.
 
@@ -2007,7 +2010,7 @@ class RerankDataset:
     def cache_file(self, model):
         """Where the token ids of these rows stand, or will."""
         depends_on = (
-            model.tokenizer_text,
+            tokenizer_text(model),
             model.model.config.to_json_string(),
             version("tokenizers"),
             self.args["max_len"],
@@ -2677,7 +2680,7 @@ def identity_of(args, model, train_rows, eval_rows):
         "train rows": hashlib.sha256(train_rows).hexdigest(),
         "eval rows": hashlib.sha256(eval_rows).hexdigest(),
         "config": hashlib.sha256(json.dumps(config, default=str).encode()).hexdigest(),
-        "tokenizer": hashlib.sha256(model.tokenizer_text.encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(tokenizer_text(model).encode()).hexdigest(),
         "base weights": base_weights.hexdigest(),
         "samples of a step": args["batch_size"] * args["gradient_accumulation_steps"] * processes,
     }
@@ -4248,8 +4251,11 @@ def end_run(run):
     processes could begin none, and it may be a caller's. main() ends it."""
     # DDP must go before its group, or gloo may hang.
     run.wrapped, run.optimizer = run.accelerator.free_memory(run.wrapped, run.optimizer)
-    for tracker in run.accelerator.trackers:
-        tracker.finish()
+    if torch.distributed.is_initialized():  # which end_training() would end
+        for tracker in run.accelerator.trackers:
+            tracker.finish()
+    else:
+        run.accelerator.end_training()
 
 
 # ---- train() and main() --------------------------------------------------------------------------

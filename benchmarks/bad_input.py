@@ -548,7 +548,7 @@ def lists_of_texts():
         bad_line("pos that is null, and neg a text", typed_lists(pos=None, neg="c"),
                  should_be_lists),
         bad_line("fewer pos_scores than pos", typed_lists(pos=["a", "b"], pos_scores=[1]), as_many),
-        bad_line("a null among pos", typed_lists(pos=["a", None]), "pos[1] is missing"),
+        bad_line("a null among pos", typed_lists(pos=["a", None]), "content is missing (pos[1])"),
         evaluates("pos without neg, neg without pos", train_lines(both, no_neg, no_pos), rows=rows),
     ]  # fmt: skip
 
@@ -1321,7 +1321,7 @@ def other_architectures():
                   CANNOT_LOAD, "tokenizer"),
         bad_model("fewer layers than the weights of a ModernBERT",
                   in_turn(becomes("modernbert"), fewer_of_modernbert),
-                  f"{LACKS} 5 weights of its encoder: model.layers.1."),
+                  f"{LACKS} 6 weights of its encoder: model.layers.1."),
         bad_model("fewer layers than the weights of a EuroBERT",
                   in_turn(eurobert, config(num_hidden_layers=1)),
                   f"{LACKS} 9 weights of its encoder: model.layers.1."),

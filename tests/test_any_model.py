@@ -322,6 +322,7 @@ def test_no_weight_is_trained_on_which_no_score_depends(roformer):
     assert trained == with_gradient < {name for name, _ in reranker.named_parameters()}
 
 
+@pytest.mark.slow
 def test_two_processes_train_a_model_with_weights_that_get_no_gradient(roformer, run_settings, run_script):
     result = run_script(*command_line({**run_settings, "model_name_or_path": roformer}), processes=2)
     assert result.returncode == 0, result.stdout

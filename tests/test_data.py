@@ -107,9 +107,10 @@ BAD_LINES = {
     "query_a_list": (line(query=["q"]), 'query is no text: ["q"]'),
     "query_invisible": (line(query="\u200b \u200e"), "query is blank"),
     "content_invisible": (line(content="\ufeff\u00a0"), "content is blank"),
-    "pos_with_a_null": (b'{"query": "q", "pos": ["c", null]}', "pos[1] is missing"),
-    "neg_with_a_blank": (b'{"query": "q", "pos": ["c"], "neg": [" "]}', "neg[0] is blank"),
-    "neg_with_an_object": (b'{"query": "q", "pos": ["c"], "neg": [{"text": "d"}]}', 'neg[0] is no text: {"text": "d"}'),
+    "pos_with_a_null": (b'{"query": "q", "pos": ["c", null]}', "content is missing (pos[1])"),
+    "neg_with_a_blank": (b'{"query": "q", "pos": ["c"], "neg": [" "]}', "content is blank (neg[0])"),
+    "neg_with_an_object": (
+        b'{"query": "q", "pos": ["c"], "neg": [{"text": "d"}]}', 'content is no text: {"text": "d"} (neg[0])'),
     "content_missing": (line(content=None), "content is missing"),
     "content_blank": (line(content="\n"), "content is blank"),
     "content_an_object": (line(content={"text": "c"}), 'content is no text: {"text": "c"}'),

@@ -225,7 +225,7 @@ def test_a_new_head_is_not_mixed_with_the_base(data, tmp_path, capsys):
     assert f"!!! WARNING !!! {tmp_path / 'plain'}" not in out  # scores nearly alike are normal for a new head
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_offset_of_the_logits_is_taken_out_before_the_first_step_and_stays_in_the_base(
     data, tmp_path, run_main, run_script, processes
 ):

@@ -135,6 +135,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_processes_that_would_each_train_alone_and_write_to_one_folder_are_refused(run_python, settings, tmp_path):
     result = run_python(OWN_GROUP, json.dumps(settings))
     assert result.returncode == 0, result.stdout
