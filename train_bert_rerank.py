@@ -520,7 +520,7 @@ def switches_of_torch():
 
 
 ONE_RUN = threading.Lock()  # seeds and switches are those of the process
-LOCKED_FOLDERS = []  # file descriptors of the folders that the run has for itself
+LOCKED_FOLDERS: list[int] = []  # file descriptors of the folders that the run has for itself
 
 
 @contextmanager
