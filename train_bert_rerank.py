@@ -548,8 +548,10 @@ def usual_modes_of_torch():
             modes.enter_context(torch.enable_grad())
             if torch.get_default_device().type != "cpu":
                 modes.enter_context(torch.device("cpu"))
-            for device in {"cpu", getattr(torch.accelerator.current_accelerator(), "type", "cpu")}:
-                modes.enter_context(torch.autocast(device, enabled=False))
+            modes.enter_context(torch.autocast("cpu", enabled=False))
+            if torch.accelerator.is_available():
+                accelerator = torch.accelerator.current_accelerator()
+                modes.enter_context(torch.autocast(accelerator.type, enabled=False))
             yield
     finally:
         torch.set_default_dtype(dtype)
