@@ -540,19 +540,27 @@ def only_run_of_process():
 def usual_modes_of_torch():
     """Within it PyTorch computes as in a new process, whatever modes the caller is in: with
     gradients, in fp32 on the CPU unless told, without autocast."""
+    with ExitStack() as modes:
+        modes.enter_context(fp32_by_default())
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        if torch.empty(0).device.type != "cpu":
+            modes.enter_context(torch.device("cpu"))
+        for device in ("cpu", "cuda"):
+            # Only a caller's is switched off: within any other, that of a step would go on with the
+            # weights that it has cast before. So it would within this one, but for the cache.
+            if torch.is_autocast_enabled(device):
+                modes.enter_context(torch.autocast(device, enabled=False, cache_enabled=False))
+        yield
+
+
+@contextmanager
+def fp32_by_default():
+    """Within it new tensors are fp32 unless told, whatever a caller has set."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with ExitStack() as modes:
-            modes.enter_context(torch.inference_mode(False))
-            modes.enter_context(torch.enable_grad())
-            if torch.get_default_device().type != "cpu":
-                modes.enter_context(torch.device("cpu"))
-            modes.enter_context(torch.autocast("cpu", enabled=False))
-            if torch.accelerator.is_available():
-                accelerator = torch.accelerator.current_accelerator()
-                modes.enter_context(torch.autocast(accelerator.type, enabled=False))
-            yield
+        yield
     finally:
         torch.set_default_dtype(dtype)
 
@@ -1631,6 +1639,7 @@ class BertRerankerModel(torch.nn.Module):
         self.has_other_head = False
 
     @classmethod
+    @fp32_by_default()
     def from_pretrained(
         cls, model_name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
     ):

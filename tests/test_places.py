@@ -413,10 +413,20 @@ def default_dtype(dtype):
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def default_device(device):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        assert torch.empty(0).device.type == device, "it is the caller's"
+        torch.set_default_device(None)
+
+
 MODES = {
     "no_grad": torch.no_grad, "inference_mode": torch.inference_mode,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16), "default float64": lambda: default_dtype(torch.float64),
-    "default float16": lambda: default_dtype(torch.float16), "default device": lambda: torch.device("meta"),
+    "default float16": lambda: default_dtype(torch.float16), "default device": lambda: default_device("meta"),
 }  # fmt: skip
 
 
@@ -436,6 +446,21 @@ def test_train_gives_the_same_weights_in_whatever_mode_of_torch_it_is_called(set
     with MODES[mode]():
         train(settings)
     assert weights_of(settings) == usual_weights
+
+
+def test_in_a_callers_autocast_each_step_in_bf16_computes_with_the_weights_of_the_step_before(settings, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    settings = {**settings, "mixed_precision": "bf16", "lr": 1e-2, "epochs": 3, "eval_dataset": None}
+    train(settings)
+    expected = weights_of(settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        train(settings)
+    assert weights_of(settings) == expected
+    casts = []
+    clear = torch.clear_autocast_cache
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: casts.append(clear()))
+    train(settings)
+    assert len(casts) >= 6, "the casts of each forward are let go"
 
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "default float64", "default float16"])
