@@ -237,6 +237,27 @@ def test_where_the_device_has_a_memory_auto_is_the_largest_power_of_two_that_fit
     assert all(weight.grad is None for weight in model.parameters())
 
 
+def test_a_gpu_without_room_for_the_optimizers_state_is_an_error_that_says_what_is_needed(monkeypatch, reranker):
+    dataset = UserList(reranker.encode([("问", "答")], 64))
+    dataset.lengths = np.array([len(ids) for ids, *_ in dataset])
+    accelerator = train_bert_rerank.Accelerator(cpu=True)
+    run = SimpleNamespace(accelerator=accelerator, model=reranker, train_data=dataset, samples_per_step=1)
+    monkeypatch.setattr(train_bert_rerank, "MICRO_BATCH_TOKENS", {})  # as if this device had a memory of its own
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 10**9, 24 * 10**9))
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.41 GiB")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(UserError, match=r"no room for the optimizer: 2\.4 GB are needed .* 3\.0 of 24\.0 GB are free"):
+        train_bert_rerank.largest_micro_batch(run)
+
+
+@pytest.mark.parametrize("kind, cost", [("cpu", 16), ("cuda", 256), ("mps", 256), ("xpu", 256), ("npu", 256)])
+def test_one_more_micro_batch_has_a_cost_on_every_kind_of_device(kind, cost):
+    assert train_bert_rerank.micro_batch_cost(SimpleNamespace(type=kind)) == cost
+
+
 # ---- Options that save memory ----------------------------------------------------------------------------------------
 def test_gradient_checkpointing_gives_the_same_bits(settings, monkeypatch):
     computed, weights = [], []

@@ -469,3 +469,28 @@ def test_the_rows_to_check_are_those_whose_label_the_model_contradicts_worst_fir
         assert (row["mean_probability"] < 0.5) == (row["label"] == 1)
     doubts = [abs(row["label"] - row["mean_probability"]) for row in listed]
     assert doubts == sorted(doubts, reverse=True)
+
+
+# ---- What was found by reading ---------------------------------------------------------------------------------------
+def test_the_model_card_names_no_path_where_the_base_is_kept(data, tmp_path):
+    base = tmp_path / "private folder" / "my_base"
+    shutil.copytree(TINY, base)
+    settings = settings_of(data, tmp_path / "out", train_dataset=data["inverted"], model_name_or_path=str(base))
+    report = train_bert_rerank.train({**settings, "base_interpolation": []})["report"]
+    card = (tmp_path / "out" / "final_model" / "README.md").read_text(encoding="utf-8")
+    assert report["chosen"] == "base" and "final_model holds my_base with unchanged weights" in card
+    assert "private" not in card and str(tmp_path) not in card and str(ROOT) not in card
+
+
+def test_a_change_that_was_not_measured_is_not_logged(write_jsonl, tmp_path):
+    settings = {"model_name_or_path": TINY, "train_dataset": write_jsonl("train.jsonl", rows_of(16)), "epochs": 1,
+                "max_len": 32, "mixed_precision": "no"}  # fmt: skip
+    for queries, is_logged in ((2, False), (8, True)):
+        rows = [{"query": f"问{number}", "content": f"答{label}{number}" * 3, "label": label}
+                for number in range(queries) for label in (0, 1)]  # fmt: skip
+        folder = tmp_path / f"out_{queries}"
+        evaluation = write_jsonl("eval.jsonl", rows)
+        train_bert_rerank.train({**settings, "eval_dataset": evaluation, "output_dir": str(folder)})
+        log = EventAccumulator(str(folder / "logs" / "train_bert_rerank"))
+        log.Reload()
+        assert ("eval/delta" in log.Tags()["scalars"]) == is_logged

@@ -1,5 +1,6 @@
 """`pip install .`: the module, the command, and what they need."""
 
+import ast
 import os
 import re
 import shutil
@@ -72,3 +73,16 @@ PUBLIC = ["from_pretrained", "save_pretrained", "preprocess", "forward", "predic
 def test_every_parameter_of_the_public_interface_has_a_type(function):
     parameters = [each for name, each in signature(function).parameters.items() if name != "self"]
     assert parameters and all(each.annotation is not each.empty for each in parameters)
+
+
+def test_every_package_that_the_script_imports_is_named_in_requirements_txt():
+    source = (ROOT / "train_bert_rerank.py").read_text(encoding="utf-8")
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {name.name.partition(".")[0] for name in node.names}
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module.partition(".")[0])
+    recorded = set(re.findall(r'"(\w+)"', re.search(r"packages = \((.*)\)", source)[1]))
+    named = set(re.findall(r"^[a-z_]+", (ROOT / "requirements.txt").read_text(), re.M))
+    assert (imported | recorded) - sys.stdlib_module_names <= named
