@@ -3556,8 +3556,8 @@ def fine_tune(run):
 
 
 def warn_if_nothing_is_learnt(run):
-    """After a third of the steps, say where the loss of the last half of these is still that of a
-    constant answer, the mean label."""
+    """After a third of the steps, say where the loss of the last half of these is not clearly below
+    that of a constant answer, the mean label."""
     step = run.progress.step
     if step != run.total_steps // 3:
         return
@@ -3578,8 +3578,8 @@ def warn_if_nothing_is_learnt(run):
     least = bce(labels_seen, labels_seen).item()
     if of_constant - loss < 0.03 * (of_constant - least):
         say(
-            f"Warning: after {step} of {run.total_steps} steps the loss, {loss:.4f}, is still that "
-            f"of a constant answer, {of_constant:.4f}: nothing has been learnt yet. If "
+            f"Warning: after {step} of {run.total_steps} steps the loss, {loss:.4f}, is not clearly "
+            f"below that of a constant answer, {of_constant:.4f}: nothing has been learnt yet. If "
             f"evaluations do not rise either, try a higher lr than {run.args['lr']}, more epochs, "
             "fewer irrelevant rows for each relevant one, or a base with a trained head."
         )
