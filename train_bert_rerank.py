@@ -3575,8 +3575,8 @@ def warn_if_nothing_is_learnt(run):
     bce = torch.nn.functional.binary_cross_entropy
     of_constant = bce(labels.mean().expand_as(labels_seen), labels_seen).item()
     # Soft labels, which are no 0 and 1, leave a loss to the best of models too: their entropy.
-    least = bce(labels_seen, labels_seen).item()
-    if of_constant - loss < 0.03 * (of_constant - least):
+    to_gain = of_constant - bce(labels_seen, labels_seen).item()
+    if to_gain > 1e-4 and of_constant - loss < 0.03 * to_gain:  # labels all alike teach nothing
         say(
             f"Warning: after {step} of {run.total_steps} steps the loss, {loss:.4f}, is not clearly "
             f"below that of a constant answer, {of_constant:.4f}: nothing has been learnt yet. If "
