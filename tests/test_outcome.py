@@ -313,7 +313,7 @@ def test_a_run_whose_loss_is_that_of_a_constant_answer_after_a_third_of_its_step
     data, encoder, tmp_path, capsys
 ):
     settings = settings_of(data, tmp_path / "out", model_name_or_path=encoder, epochs=3)
-    warning = r"after 13 of 39 steps the loss, (\S+), is not clearly below that of a constant answer, (\S+): nothing has"
+    warning = r"after 13 of 39 steps the loss, (\S+), is not clearly below that of a constant answer, (\S+): nothing"
     train_bert_rerank.train({**settings, "lr": 1e-7})
     [losses] = re.findall(warning, capsys.readouterr().out)
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=0.03)
