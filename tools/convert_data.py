@@ -1151,16 +1151,20 @@ def roles_named(columns):
     return sorted(named, key=lambda pair: list(ROLES).index(pair[0]))
 
 
-def check_output(args):
-    """UserError where the output could not be written, or would replace what is no file of rows."""
-    output = Path(args.output)
+def check_output(name):
+    """UserError where the file `name` could not be written, or would replace what is no file."""
+    output = Path(name)
     if not output.name or output.is_dir():
-        raise UserError(f"--output '{args.output}' is a folder: add the name of a file to it")
+        raise UserError(f"--output '{name}' is a folder: add the name of a file to it")
     if output.exists() and not output.is_file():  # it would be replaced by a file
-        raise UserError(f"--output {args.output} is a device or a pipe: name a file")
+        raise UserError(f"--output {name} is a device or a pipe: name a file")
     for folder in output.parents:
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"--output {args.output}: {folder} is no folder")
+            raise UserError(f"--output {name}: {folder} is no folder")
+
+
+def require_no_input(args):
+    """UserError where the output is an input too."""
     if os.path.abspath(args.output) in map(os.path.abspath, args.inputs):
         raise UserError(f"{args.output} is an input: give the output another name")
 
@@ -1180,7 +1184,8 @@ def main():
     csv.field_size_limit(LONGEST_LINE)
     try:
         args.roles = roles_named(args.columns)
-        check_output(args)
+        check_output(args.output)
+        require_no_input(args)
         convert(args)
     except (UserError, OSError) as error:
         print(f"Error: {printable(error)}", file=sys.stderr)

@@ -46,6 +46,8 @@ import torch
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from convert_data import check_output  # noqa: E402
+
 from train_bert_rerank import (  # noqa: E402
     LONGEST_LINE,
     BertRerankerModel,
@@ -522,17 +524,6 @@ SHOWN_QUERIES = 5  # in the report, from all over the file
 SHOWN_TEXTS = 3  # of each kind
 
 
-def check_output(output):
-    """UserError where the Path `output` is not one that a file can be written to."""
-    if not output.name or output.is_dir():
-        raise UserError(f"--output '{output}' is a folder: add the name of a file to it")
-    if output.exists() and not output.is_file():
-        raise UserError(f"--output {output} is a device or a pipe: name a file")
-    for folder in output.parents:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--output {output}: {folder} is no folder")
-
-
 @dataclass
 class Tally:
     """What the report says of the queries so far."""
@@ -624,7 +615,7 @@ WORDS_BY = {"zh": "jieba (zh)", "en": "the English stemmer of PyStemmer (en)"}
 def mine(options):
     """Mine as the command line says; returns the report."""
     output = Path(options.output)
-    check_output(output)
+    check_output(options.output)
     sidecar = output.with_name(f"{output.name}.unfinished")
     if output.exists() and not sidecar.exists():
         raise UserError(f"{output} exists already: remove it, or take another --output")

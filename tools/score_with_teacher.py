@@ -29,6 +29,8 @@ import torch
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from convert_data import check_output  # noqa: E402
+
 from train_bert_rerank import (  # noqa: E402
     ADVICE,
     BertRerankerModel,
@@ -161,17 +163,6 @@ def score_rest(model, done, total, options):
 
 
 # ---- Output ----------------------------------------------------------------------------------
-def check_output(output):
-    """UserError where the Path `output` is not one that a file can be written to."""
-    if not output.name or output.is_dir():
-        raise UserError(f"--output '{output}' is a folder: add the name of a file to it")
-    if output.exists() and not output.is_file():
-        raise UserError(f"--output {output} is a device or a pipe: name a file")
-    for folder in output.parents:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--output {output}: {folder} is no folder")
-
-
 def write(output, pairs, scores):
     """Write pairs with their scores as labels to `output`, gzip where its name ends so."""
     with whole_file(output) as raw:
@@ -196,7 +187,7 @@ def say_probabilities(scores):
 def score(options):
     """Write options.output from the files options.inputs."""
     output = Path(options.output)
-    check_output(output)
+    check_output(options.output)
     if options.batch_size < 1:
         raise UserError(f"batch_size {options.batch_size}: it should be 1 or more")
     sidecar = output.with_name(f"{output.name}.unfinished")
