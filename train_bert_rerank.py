@@ -1291,9 +1291,66 @@ def check_rows(train_rows, eval_rows, middle):
 TOKENIZER_LOCK = threading.Lock()  # a tokenizer in use by one thread cannot be changed by another
 
 
-def micro_batch_cost(device):
-    """What one more micro-batch costs, in padded tokens."""
-    return 16 if device.type == "cpu" else 256
+# What the multiplying units of one multiprocessor do, TFLOP/s in 16 and in 32 bits, by compute
+# capability: NVIDIA's figures of a card (dense, sums in fp32, no TF32) over its multiprocessors.
+MULTIPROCESSOR_RATES = {
+    (7, 0): (1.56, 0.196),  # V100: 125 and 15.7, 80 multiprocessors
+    (7, 5): (1.62, 0.202),  # T4: 65 and 8.1, 40
+    (8, 0): (2.89, 0.181),  # A100: 312 and 19.5, 108
+    (8, 6): (0.866, 0.434),  # 3090: 71 and 35.6, 82
+    (8, 9): (1.29, 0.645),  # 4090: 165 and 82.6, 128
+    (9, 0): (7.49, 0.507),  # H100, H200: 989 and 67, 132
+    (10, 0): (15.2, 0.541),  # B200: 2,250 and 80, 148
+    (12, 0): (1.23, 0.617),  # 5090: 210 and 105, 170
+}
+# On an H200, at bge-reranker-large's shape in bf16, a micro-batch of 1,024 tokens took 100 ms. Of
+# these 6 ms are arithmetic at a third of the card's rate; in the other 94 ms the processor started
+# the kernels of 24 layers, forward and backward.
+SHARE_OF_RATE = 1 / 3
+SECONDS_TO_START_A_LAYER = 0.094 / 24
+
+
+class CardRate(NamedTuple):
+    """What a GPU computes at best, as its maker has it."""
+
+    flops: float  # a second
+    capability: tuple[int, int]  # of MULTIPROCESSOR_RATES
+
+
+def card_rate(card, precision):
+    """The CardRate of a `card`, what torch.cuda.get_device_properties() tells of it, in
+    "bf16", "fp16" or "no" (fp32). One of unknown compute capability has the rates of the nearest
+    below. Nothing is timed, and no current clock is read: two runs must agree."""
+    own = (card.major, card.minor)
+    not_newer = [capability for capability in MULTIPROCESSOR_RATES if capability <= own]
+    capability = max(not_newer, default=min(MULTIPROCESSOR_RATES))
+    half, single = MULTIPROCESSOR_RATES[capability]
+    rate = single if precision == "no" else half
+    return CardRate(rate * 1e12 * card.multi_processor_count, capability)
+
+
+def operations(model, tokens, squared_lengths):
+    """Floating-point operations to train transformers' `model` on pairs of so many tokens, and so
+    large a sum of their squared lengths: two for a weight and a token forward and four backward,
+    embeddings aside, and attention (Chowdhery et al. 2022, PaLM, appendix B)."""
+    weights = sum(weight.numel() for weight in model.parameters())
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            weights -= module.weight.numel()
+    of_attention = 12 * model.config.num_hidden_layers * model.config.hidden_size
+    return 6 * weights * tokens + of_attention * squared_lengths
+
+
+def micro_batch_cost(model, device, precision):
+    """What one more micro-batch of transformers' `model` costs, in padded tokens: as many as a GPU
+    computes while the processor starts the kernels of one."""
+    if device.type == "cpu":
+        return 16  # measured, at 6 layers of 384: benchmarks/README.md
+    if device.type != "cuda":
+        return 256  # a guess
+    rate = SHARE_OF_RATE * card_rate(torch.cuda.get_device_properties(device), precision).flops
+    seconds = SECONDS_TO_START_A_LAYER * model.config.num_hidden_layers
+    return round(seconds * rate / operations(model, tokens=1, squared_lengths=0))
 
 
 def first_token_attention(self, hidden_states, attention_mask=None, *_, **__):
@@ -1794,11 +1851,11 @@ class BertRerankerModel(torch.nn.Module):
             loss = torch.nn.BCEWithLogitsLoss()(logits.squeeze(-1), labels)
         return {"logits": logits, "loss": loss}
 
-    def scoring_batches(self, encoded, max_tokens):
+    def scoring_batches(self, encoded, max_tokens, batch_cost):
         """The micro-batches, index arrays into N encoded pairs, of at most `max_tokens` padded
-        tokens each."""
+        tokens each, where one more costs `batch_cost` of these."""
         lengths = np.array([len(ids) for ids, *_ in encoded], dtype=np.int64)
-        [micro_batches] = plan_window(lengths, max_tokens, micro_batch_cost(self.model.device))
+        [micro_batches] = plan_window(lengths, max_tokens, batch_cost)
         return micro_batches
 
     @torch.inference_mode()
@@ -1814,7 +1871,9 @@ class BertRerankerModel(torch.nn.Module):
     def score(self, encoded, max_tokens, show_progress_bar=None):
         """Logits [N] in fp32 of N encoded pairs, in micro-batches of at most `max_tokens` padded
         tokens."""
-        micro_batches = self.scoring_batches(encoded, max_tokens)
+        precision = "no" if self.model.dtype.itemsize > 2 else "bf16"
+        batch_cost = micro_batch_cost(self.model, self.model.device, precision)
+        micro_batches = self.scoring_batches(encoded, max_tokens, batch_cost)
         parts = list(self.score_batches(encoded, micro_batches, show_progress_bar))
         return in_order_of_rows(len(encoded), micro_batches, parts, self.model.device)
 
@@ -2471,6 +2530,17 @@ class Checkpoint:
 
 
 @dataclass
+class Throughput:
+    """What the steps of this process have trained since it began, with the others' share, and how
+    long they took."""
+
+    pairs: int = 0
+    tokens: int = 0  # without padding
+    squared_lengths: int = 0  # the sum of them
+    seconds: float = 0.0
+
+
+@dataclass
 class Run:
     """A run in memory: what is asked of it, what it computes with, and how far it has come."""
 
@@ -2488,6 +2558,7 @@ class Run:
     progress: Progress
     checkpoint: Checkpoint | None = None  # to go on from, until its weights are in the model
     stop: StopRequest = field(default_factory=StopRequest)
+    throughput: Throughput = field(default_factory=Throughput)
     # {name: the base's bias}, where fit_bias() shifted it.
     unshifted_bias: dict = field(default_factory=dict)
     # {name: trained weight} in host memory; None: the last weights are kept.
@@ -2524,8 +2595,10 @@ def any_process(accelerator, is_so):
 
 
 # ---- Preparation ---------------------------------------------------------------------------------
-# What micro_batch_tokens "auto" stands for where the device has no memory of its own.
-MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 4096}
+# What micro_batch_tokens "auto" stands for on other devices than CUDA's.
+MICRO_BATCH_TOKENS = {"cpu": 1024}
+MICRO_BATCH_TOKENS_ELSEWHERE = 4096
+MEMORY_SHARE = 0.9  # of a GPU's memory, that a run may take
 
 
 # What a launcher tells a process of itself and the others.
@@ -2639,13 +2712,12 @@ def prepare(args, run_dir, checkpoint_folder):
         checkpoint=checkpoint,
     )
     start_loggers(run)
-    choose_bound(run)
+    bound = choose_bound(run)
     parameters = sum(weight.numel() for weight in model.parameters())
     say(
         f"{parameters / 1e6:.1f} M parameters, device {accelerator.device}, "
         f"precision {record['precision'].replace('no', 'fp32')}, "
-        f"processes: {accelerator.num_processes}, "
-        f"micro-batches of {record['micro_batch_tokens']} tokens"
+        f"processes: {accelerator.num_processes}, {bound}"
     )
     return run
 
@@ -2956,55 +3028,151 @@ def start_loggers(run):
 
 
 def choose_bound(run):
-    """Set the padded tokens of a micro-batch: the checkpoint's where the settings of it are the
-    same, with what out-of-memory left of it."""
-    args = run.args
-    checkpoint = run.checkpoint
-    keys = ("micro_batch_tokens", "batch_size")
-    if checkpoint and all(checkpoint.args[key] == args[key] for key in keys):
-        run.record["micro_batch_tokens"] = checkpoint.record["micro_batch_tokens"]
-        return
+    """Set what one more micro-batch costs and the bound of each, in padded tokens; returns what is
+    to be said of it. A checkpoint's bound stays, with what out-of-memory left of it, unless the
+    settings ask for another."""
+    args, record, progress = run.args, run.record, run.progress
+    device = run.accelerator.device
+    record["micro_batch_cost"] = micro_batch_cost(run.model.model, device, record["precision"])
+    if device.type == "cuda":
+        mention_unknown_card(torch.cuda.get_device_properties(device), record["precision"])
 
-    bound = args["micro_batch_tokens"] or args["batch_size"] * args["max_len"]
-    if bound == "auto":
-        # With nothing to train no window tells what fits: as many pairs as in predict().
-        bound = largest_micro_batch(run) if args["epochs"] else 32 * args["max_len"]
-    run.record["micro_batch_tokens"] = bound
-    run.progress.max_tokens = bound
+    is_auto = args["micro_batch_tokens"] == "auto"
+    needs = ""
+    if run.checkpoint and (is_auto or has_same_bound(run.checkpoint.args, args)):
+        record["micro_batch_tokens"] = run.checkpoint.record["micro_batch_tokens"]
+        return f"micro-batches of up to {progress.max_tokens:,} tokens"
+    if not is_auto:
+        bound = args["micro_batch_tokens"] or args["batch_size"] * args["max_len"]
+    elif not args["epochs"]:
+        bound = 32 * args["max_len"]  # as many pairs as in predict()
+    elif device.type == "cuda":
+        bound, needed, memory = largest_micro_batch(run)
+        needs = f"; needs {needed / 1e9:.1f} of {memory / 1e9:.1f} GB"
+    else:
+        bound = MICRO_BATCH_TOKENS.get(device.type, MICRO_BATCH_TOKENS_ELSEWHERE)
+    record["micro_batch_tokens"] = bound
+    progress.max_tokens = bound
+    return f"micro-batches of up to {bound:,} tokens{needs}"
+
+
+def has_same_bound(args, others):
+    """Whether two args ask for the same bound of a micro-batch."""
+    keys = ["micro_batch_tokens"]
+    if args["micro_batch_tokens"] is None:
+        keys += ["batch_size", "max_len"]
+    return all(args[key] == others[key] for key in keys)
+
+
+def mention_unknown_card(card, precision):
+    """Say where the rates of another card than this one are taken."""
+    capability = card_rate(card, precision).capability
+    if capability != (card.major, card.minor):
+        say(
+            f"{card.name}: the rates of compute capability {card.major}.{card.minor} are not "
+            f"known, those of {capability[0]}.{capability[1]} are taken."
+        )
 
 
 def largest_micro_batch(run):
-    """What micro_batch_tokens "auto" stands for: MICRO_BATCH_TOKENS, or on a GPU the largest power
-    of two at which a window of the longest row alone is trained beside the optimizer's state and a
-    spare tenth of the memory."""
-    device = run.accelerator.device
-    if device.type in MICRO_BATCH_TOKENS:
-        return MICRO_BATCH_TOKENS[device.type]
-
+    """What micro_batch_tokens "auto" stands for on a GPU, the bytes that a run needs with it, and
+    those of the GPU: as many times the longest row as MEMORY_SHARE of all its memory holds beside
+    the optimizer's state, found by real passes. It is the same whatever others hold there; where
+    these leave too little it is a UserError."""
+    accelerator = run.accelerator
     free, memory = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved()  # by this process
+    free, memory = map(min, zip(*gather_object([(free, memory)]), strict=True))
+    limit = int(MEMORY_SHARE * memory)
     optimizer_state = 2 * bytes_of(trained_weights(run.model).values())  # two moments
-    needed = optimizer_state + memory // 10
-    reserve = partial(torch.empty, needed, dtype=torch.uint8, device=device)
-    spare, is_done = unless_out_of_memory(reserve)
-    if not is_done:
+    reserve = partial(torch.empty, optimizer_state, dtype=torch.uint8, device=accelerator.device)
+    reserved, is_done = unless_out_of_memory(reserve)
+    if any_process(accelerator, not is_done):
         raise UserError(
-            f"the GPU has no room for the optimizer: {needed / 1e9:.1f} GB are needed beside the "
-            f"weights, and {free / 1e9:.1f} of {memory / 1e9:.1f} GB are free: end what else runs "
-            "there, take a smaller model, or try --freeze_embeddings true"
+            f"the GPU has no room for the optimizer: {optimizer_state / 1e9:.1f} GB are needed "
+            f"beside weights and gradients, and {free / 1e9:.1f} of {memory / 1e9:.1f} GB are "
+            "free: end what else runs there, take a smaller model, or try "
+            "--freeze_embeddings true"
         )
 
-    lengths = run.train_data.lengths
-    window = np.full(run.samples_per_step, lengths.argmax())
-    samples = math.ceil(run.samples_per_step / run.accelerator.num_processes)
-    whole_window = int(samples * lengths.max())
-    run.progress.max_tokens = 1 << (whole_window - 1).bit_length()  # the power of two from there on
-    train_window(run, window, seed=0)  # halves it until it fits
+    longest = int(run.train_data.lengths.max())
+    # At 8 times the cost of one more, micro-batches twice as large would spare 6 % of the time.
+    most = min(
+        math.ceil(run.samples_per_step / accelerator.num_processes),
+        max(1, 8 * run.record["micro_batch_cost"] // longest),
+    )
+    needed = {}  # bytes, by the rows of a micro-batch
 
-    del spare
+    def fits(rows):
+        needed[rows] = memory_of(run, rows)
+        if needed[rows] == math.inf and free < limit:
+            raise UserError(crowded(needed, longest, free, memory))
+        return needed[rows] <= limit
+
+    rows = largest(most, fits) or 1
+    if needed[rows] == math.inf:
+        raise UserError(no_room_for_a_pair(longest, longest))
+    del reserved
     run.wrapped.zero_grad()
     release_memory()
     torch.cuda.reset_peak_memory_stats()  # run.json tells that of training
-    return run.progress.max_tokens
+    return rows * longest, needed[rows], memory
+
+
+def largest(most, fits):
+    """The largest number from 0 to `most` that `fits`, or up to a quarter less: doubled until one
+    does not, and then halfway between."""
+    low, high = 0, most + 1
+    while high - low > max(1, low // 4):
+        if high > most:
+            number = min(max(1, 2 * low), most)
+        else:
+            number = (low + high) // 2
+        if fits(number):
+            low = number
+        else:
+            high = number
+    return low
+
+
+def memory_of(run, rows):
+    """The bytes in use, at most, while a micro-batch of so many times the longest row is trained
+    beside the gradient of another, on the fullest GPU; infinite where memory ran out."""
+    micro_batch = np.full(rows, run.train_data.lengths.argmax())
+    torch.cuda.reset_peak_memory_stats()
+    run.model.train()
+    passes = partial(forward_backward, run, [micro_batch, micro_batch], 2 * rows)
+    result, is_done = unless_out_of_memory(passes)
+    del result  # and with it the activations
+    release_memory()
+    peak = torch.cuda.max_memory_allocated() if is_done else math.inf
+    return max(gather_object([peak]))
+
+
+def no_room_for_a_pair(bound, longest):
+    """What a user is told where a pair of `longest` tokens does not fit, tried with a `bound`."""
+    return (
+        f"out of memory at {bound} tokens, and one pair has {longest}: "
+        "lower max_len, or try --gradient_checkpointing true, --freeze_embeddings true, "
+        "--mixed_precision bf16"
+    )
+
+
+def crowded(needed, longest, free, memory):
+    """What a user is told where other programs hold memory that a run would use; `needed` bytes
+    by the rows of a micro-batch, each `longest` tokens."""
+    rows = max((rows for rows, size in needed.items() if size <= free), default=None)
+    advice = "end what else runs there"
+    if rows:
+        advice += (
+            f", or take --micro_batch_tokens {rows * longest}, which needs "
+            f"{needed[rows] / 1e9:.1f} GB"
+        )
+    return (
+        f"other programs hold memory of the GPU: this run would use up to "
+        f"{MEMORY_SHARE * memory / 1e9:.1f} of {memory / 1e9:.1f} GB, and {free / 1e9:.1f} are "
+        f"free: {advice}"
+    )
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -3014,7 +3182,8 @@ def score_together(run, encoded, max_tokens, show_progress_bar=False):
 
     The processes share out micro-batches, whole, so that their number changes no score."""
     accelerator = run.accelerator
-    micro_batches = run.model.scoring_batches(encoded, max_tokens)
+    batch_cost = run.record["micro_batch_cost"]
+    micro_batches = run.model.scoring_batches(encoded, max_tokens, batch_cost)
     mine = micro_batches[accelerator.process_index :: accelerator.num_processes]
     parts = []
     for logits in run.model.score_batches(encoded, mine, show_progress_bar):
@@ -3310,7 +3479,7 @@ def train_window(run, window, seed):
     halve the bound and do the window again, but not where they wait for each other already."""
     accelerator, progress = run.accelerator, run.progress
     lengths = run.train_data.lengths[window]
-    batch_cost = micro_batch_cost(accelerator.device)
+    batch_cost = run.record["micro_batch_cost"]
     run.model.train()
     while True:
         torch.manual_seed(seed)
@@ -3327,11 +3496,7 @@ def train_window(run, window, seed):
             return result
 
         if progress.max_tokens <= lengths.max():
-            raise UserError(
-                f"out of memory at {progress.max_tokens} tokens, and one pair has {lengths.max()}: "
-                "lower max_len, or try --gradient_checkpointing true, --freeze_embeddings true, "
-                "--mixed_precision bf16"
-            )
+            raise UserError(no_room_for_a_pair(progress.max_tokens, lengths.max()))
         progress.max_tokens //= 2
         result = None  # and with it the activations
         run.wrapped.zero_grad()
@@ -3517,7 +3682,6 @@ def fine_tune(run):
         run.optimizer.zero_grad()
 
     windows = windows_from(run, progress.step + 1)
-    pairs, seconds = 0, 0.0
     bar = tqdm(
         desc="Training",
         total=run.total_steps,
@@ -3531,15 +3695,13 @@ def fine_tune(run):
             started = time.perf_counter()
             window = next(windows)
             is_asked_to_stop = train_step(run, window)
-            pairs += len(window)
-            seconds += time.perf_counter() - started
-
+            note_throughput(run, window, time.perf_counter() - started)
             warn_if_nothing_is_learnt(run)
             if is_asked_to_stop:
                 stop_with_checkpoint(run)
             save_if_due(run)
             evaluate_if_due(run)
-            show_progress(run, bar, pairs / seconds)
+            show_progress(run, bar)
 
         if progress.step < run.total_steps:
             say(f"No better evaluation since step {progress.best_step}: stopping early.")
@@ -3651,12 +3813,27 @@ def is_out_of_patience(run):
     return since_best >= patience
 
 
-def show_progress(run, bar, pairs_per_second):
+def note_throughput(run, window, seconds):
+    """Count a step on a `window`, which took so long, and log its speed: a scalar that two runs do
+    not share."""
+    lengths = run.train_data.lengths[window]
+    throughput = run.throughput
+    throughput.pairs += len(window)
+    throughput.tokens += int(lengths.sum())
+    throughput.squared_lengths += int((lengths**2).sum())
+    throughput.seconds += seconds
+    logged = {"time/tokens_per_second": float(lengths.sum() / seconds)}
+    run.accelerator.log(logged, step=run.progress.step)
+
+
+def show_progress(run, bar):
     """Bring the bar up to the last step that was done."""
     step, epoch, loss, lr, _ = run.progress.history[-1]
+    throughput = run.throughput
     text = (
         f"epoch {epoch}/{run.args['epochs']}, loss {loss:.4f}, lr {lr:.2e}, "
-        f"{pairs_per_second:.1f} pairs/s"
+        f"{throughput.pairs / throughput.seconds:.1f} pairs/s, "
+        f"{throughput.tokens / throughput.seconds:,.0f} tokens/s"
     )
     if run.eval_data:
         text += f", {run.metric} {run.progress.candidates[-1].quality:.4f}"
@@ -4257,6 +4434,22 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def speed_of(run):
+    """What run.json tells of the speed of training; nothing where this process did no step. Model
+    FLOPs utilisation is of real tokens, padding left out, and of the GPUs' rate at best."""
+    throughput = run.throughput
+    if not throughput.seconds:
+        return {}
+    speed = {"tokens_per_second": throughput.tokens / throughput.seconds}
+    device = run.accelerator.device
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        rate = card_rate(card, run.record["precision"]).flops * run.accelerator.num_processes
+        counted = operations(run.model.model, throughput.tokens, throughput.squared_lengths)
+        speed["model_flops_utilisation"] = counted / throughput.seconds / rate
+    return speed
+
+
 def end_run(run):
     """Let go of the loggers and of DDP, not of the processes' group: another train() in these
     processes could begin none, and it may be a caller's. main() ends it."""
@@ -4317,6 +4510,7 @@ def train(args: dict) -> dict:
         },
         "results": [name for name in RESULTS if name == "run.json" or (run_dir / name).exists()],
         "peak_memory_bytes": peak_memory(run.accelerator.device),
+        **speed_of(run),
     }
     end_run(run)
     if is_main_process():
@@ -4413,9 +4607,9 @@ def main():
         "document_format": "{}",  # str: the same for a document
         "epochs": 3,  # int 0..: passes over the training rows; 0: evaluate the model as it is, and no more
         "lr": 1e-5,  # float 0..: peak learning rate
-        "batch_size": 2,  # int 1..: batch_size * max_len padded tokens are the bound of a micro-batch, hence its memory
-        "gradient_accumulation_steps": 8,  # int 1..: batch_size * this * processes are the samples of an optimizer step
-        "micro_batch_tokens": None,  # int 1.. | "auto" | None: that bound itself; auto: what the GPU's memory can hold
+        "batch_size": 2,  # int 1..: batch_size * gradient_accumulation_steps * processes: samples of an optimizer step
+        "gradient_accumulation_steps": 8,  # int 1..: the other factor of these; memory is bounded by the next setting
+        "micro_batch_tokens": "auto",  # int 1.. | "auto" | None: tokens at once; auto: as fit; None: batch_size*max_len
         "gradient_checkpointing": False,  # bool: compute activations again rather than keep them: slower, less memory
         "freeze_embeddings": False,  # bool: do not train the word embeddings, nearly half of bge-reranker-large
         "warmup_proportion": 0.1,  # float 0..1: share of the steps in which the learning rate rises
