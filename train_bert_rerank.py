@@ -2599,6 +2599,7 @@ def any_process(accelerator, is_so):
 MICRO_BATCH_TOKENS = {"cpu": 1024}
 MICRO_BATCH_TOKENS_ELSEWHERE = 4096
 MEMORY_SHARE = 0.9  # of a GPU's memory, that a run may take
+ENOUGH_TOKENS = 4096  # of a micro-batch, for 16 rows of a step to take two
 
 
 # What a launcher tells a process of itself and the others.
@@ -3096,11 +3097,8 @@ def largest_micro_batch(run):
         )
 
     longest = int(run.train_data.lengths.max())
-    # At 8 times the cost of one more, micro-batches twice as large would spare 6 % of the time.
-    most = min(
-        math.ceil(run.samples_per_step / accelerator.num_processes),
-        max(1, 8 * run.record["micro_batch_cost"] // longest),
-    )
+    samples = math.ceil(run.samples_per_step / accelerator.num_processes)
+    most = most_rows(samples, longest, run.record["micro_batch_cost"])
     needed = {}  # bytes, by the rows of a micro-batch
 
     def fits(rows):
@@ -3117,6 +3115,14 @@ def largest_micro_batch(run):
     release_memory()
     torch.cuda.reset_peak_memory_stats()  # run.json tells that of training
     return rows * longest, needed[rows], memory
+
+
+def most_rows(samples, longest, batch_cost):
+    """The most rows of `longest` tokens each for a micro-batch: all samples of a step, up to
+    ENOUGH_TOKENS or twice what one more micro-batch costs, whichever is more. While a card computes
+    so many, the processor has started the next: larger ones would only pad more."""
+    tokens = max(ENOUGH_TOKENS, 2 * batch_cost)
+    return min(samples, max(1, tokens // longest))
 
 
 def largest(most, fits):

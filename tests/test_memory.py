@@ -15,7 +15,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY, command_line, rows_of, write_rows
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import scalars_of, update_errors, without_dropout  # noqa: F401
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import train_bert_rerank
@@ -118,7 +120,7 @@ def test_a_window_that_ran_out_of_memory_half_way_is_redone_with_the_same_gradie
 def test_one_pair_that_does_not_fit_is_an_error_with_its_size_and_what_to_change(settings, monkeypatch):
     fails_above(60, monkeypatch)
     with pytest.raises(UserError) as caught:
-        train_bert_rerank.train(settings)
+        train_bert_rerank.train({**settings, "micro_batch_tokens": 256})
     message = str(caught.value)
     assert re.search(r"out of memory at 64 tokens, and one pair has [67]\d: lower max_len", message), message
     assert "gradient_checkpointing" in message and "freeze_embeddings" in message
@@ -216,34 +218,107 @@ def test_on_a_cpu_auto_is_a_fixed_number_that_run_json_records(settings, tmp_pat
     assert_equal(found[1], expected[1])
 
 
-@pytest.mark.parametrize("limit, samples, found", [(700, 64, 512), (1030, 64, 1024), (10**9, 10, 1024), (100, 64, 128)])
-def test_where_the_device_has_a_memory_auto_is_the_largest_power_of_two_that_fits(
-    monkeypatch, reranker, limit, samples, found
-):
+class Card:
+    """A GPU that is not there: `memory` bytes, of which others hold some, and 1,000 bytes for each padded token of a
+    training forward on top of what the weights take."""
+
+    name, major, minor, multi_processor_count = "Card", 9, 0, 132
+
+    def __init__(self, monkeypatch, memory, others=0, weights=0):
+        self.memory, self.others, self.weights = memory, others, weights
+        self.peak, self.passes = 0, []
+        forward = BertRerankerModel.forward
+
+        def limited(model, batch, labels=None):
+            self.passes.append(tuple(batch["input_ids"].shape))
+            needed = self.weights + 1000 * batch["input_ids"].numel()
+            if needed > self.memory - self.others:
+                raise torch.OutOfMemoryError(FAILURES[0])
+            self.peak = max(self.peak, needed)
+            return forward(model, batch, labels)
+
+        def forget():
+            self.peak = 0
+
+        monkeypatch.setattr(BertRerankerModel, "forward", limited)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (self.memory - self.others - self.weights, self.memory))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: self.weights)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: self.peak)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forget)
+
+
+def run_of_rows(longest=100, samples=64, cost=10_000):
+    """What largest_micro_batch() needs of a Run whose longest row has so many tokens."""
     model, accelerator = BertRerankerModel.from_pretrained(TINY), train_bert_rerank.Accelerator(cpu=True)
-    dataset = UserList(reranker.encode([("问" * 8, "答" * length) for length in range(10, 89)], 512))
-    dataset.labels, dataset.lengths = torch.zeros(79), np.array([len(ids) for ids, *_ in dataset])
-    run = SimpleNamespace(  # what largest_micro_batch() needs of a Run
+    pairs = [("问" * 8, "答" * length) for length in range(10, longest - 11)]
+    dataset = UserList(model.encode(pairs, 512))
+    dataset.labels, dataset.lengths = torch.zeros(len(pairs)), np.array([len(ids) for ids, *_ in dataset])
+    assert dataset.lengths.max() == longest
+    return SimpleNamespace(
         accelerator=accelerator, model=model, wrapped=model, train_data=dataset, samples_per_step=samples,
-        progress=SimpleNamespace(max_tokens=0),
+        record={"micro_batch_cost": cost},
     )  # fmt: skip
-    assert dataset.lengths.max() == 100
-    monkeypatch.setattr(train_bert_rerank, "MICRO_BATCH_TOKENS", {})  # as if this device had a memory of its own
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**6, 10**6))
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    passed = fails_above(limit, monkeypatch)
-    assert train_bert_rerank.largest_micro_batch(run) == found
-    assert sum(count for count, _ in passed) >= samples and all(count * width <= limit for count, width in passed)
-    assert all(weight.grad is None for weight in model.parameters())
 
 
-def test_a_gpu_without_room_for_the_optimizers_state_is_an_error_that_says_what_is_needed(monkeypatch, reranker):
-    dataset = UserList(reranker.encode([("问", "答")], 64))
-    dataset.lengths = np.array([len(ids) for ids, *_ in dataset])
-    accelerator = train_bert_rerank.Accelerator(cpu=True)
-    run = SimpleNamespace(accelerator=accelerator, model=reranker, train_data=dataset, samples_per_step=1)
-    monkeypatch.setattr(train_bert_rerank, "MICRO_BATCH_TOKENS", {})  # as if this device had a memory of its own
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 10**9, 24 * 10**9))
+@pytest.mark.parametrize("memory, samples, found", [
+    (1_000_000, 64, 800),  # 900,000 bytes: 900 tokens fit, of which at most a quarter is left unused
+    (10**9, 10, 1000),  # a whole step
+    (320_000, 64, 200),
+])  # fmt: skip
+def test_on_a_gpu_auto_is_what_nine_tenths_of_all_its_memory_hold(monkeypatch, memory, samples, found):
+    run = run_of_rows(samples=samples)
+    card = Card(monkeypatch, memory)
+    assert train_bert_rerank.largest_micro_batch(run) == (found, 1000 * found, memory)
+    assert all(length == 100 for _, length in card.passes), "the longest row"
+    assert max(count for count, _ in card.passes) <= samples
+    assert all(weight.grad is None for weight in run.model.parameters())
+
+
+def test_what_others_hold_of_a_gpu_changes_nothing_as_long_as_there_is_room(monkeypatch):
+    found = set()
+    for others in (0, 50_000, 100_000):
+        run = run_of_rows()
+        card = Card(monkeypatch, 1_000_000, others, weights=100_000)
+        found.add(train_bert_rerank.largest_micro_batch(run))
+        monkeypatch.undo()
+    assert found == {(800, 900_000, 1_000_000)} and card.passes
+    run = run_of_rows(longest=30, samples=10)
+    Card(monkeypatch, 1_000_000, others=700_000)  # ten rows need no more than is left
+    assert train_bert_rerank.largest_micro_batch(run)[0] == 300
+
+
+def test_where_others_hold_what_a_run_would_use_it_says_what_there_is_and_a_bound_that_fits(monkeypatch):
+    run = run_of_rows()
+    Card(monkeypatch, 1_000_000_000, others=999_500_000)
+    with pytest.raises(UserError) as error:
+        train_bert_rerank.largest_micro_batch(run)
+    message = str(error.value)
+    assert re.search(r"use up to 0\.9 of 1\.0 GB, and 0\.0 are free: end what else runs there", message), message
+    assert "--micro_batch_tokens 400, which needs 0.0 GB" in message, "twice as many did not fit"
+    Card(monkeypatch, 1_000_000_000, others=999_950_000)
+    with pytest.raises(UserError, match=r"free: end what else runs there$"):  # not one row fits beside them
+        train_bert_rerank.largest_micro_batch(run)
+
+
+def test_a_micro_batch_is_no_larger_than_pays(monkeypatch):
+    for cost, samples, found in ((10_000, 64, 6400), (2500, 64, 5000), (1, 64, 4000), (1, 16, 1600)):
+        run = run_of_rows(samples=samples, cost=cost)
+        Card(monkeypatch, 10**9)
+        assert train_bert_rerank.largest_micro_batch(run)[0] == found
+        monkeypatch.undo()
+
+
+def test_a_gpu_that_has_no_room_for_one_pair_is_an_error_that_says_what_to_change(monkeypatch):
+    run = run_of_rows()
+    Card(monkeypatch, 99_000)
+    with pytest.raises(UserError, match="out of memory at 100 tokens, and one pair has 100: lower max_len"):
+        train_bert_rerank.largest_micro_batch(run)
+
+
+def test_a_gpu_without_room_for_the_optimizers_state_is_an_error_that_says_what_is_needed(monkeypatch):
+    run = run_of_rows()
+    Card(monkeypatch, 24 * 10**9, others=21 * 10**9)
+    monkeypatch.setattr(train_bert_rerank, "bytes_of", lambda tensors: 1_205_000_000)
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.41 GiB")
@@ -253,9 +328,147 @@ def test_a_gpu_without_room_for_the_optimizers_state_is_an_error_that_says_what_
         train_bert_rerank.largest_micro_batch(run)
 
 
-@pytest.mark.parametrize("kind, cost", [("cpu", 16), ("cuda", 256), ("mps", 256), ("xpu", 256), ("npu", 256)])
-def test_one_more_micro_batch_has_a_cost_on_every_kind_of_device(kind, cost):
-    assert train_bert_rerank.micro_batch_cost(SimpleNamespace(type=kind)) == cost
+@pytest.mark.parametrize("most", [1, 2, 7, 64, 1000])
+def test_the_largest_number_that_fits_is_found_but_for_a_quarter(most):
+    for limit in range(most + 3):
+        asked = []
+
+        def fits(number, limit=limit, asked=asked):
+            asked.append(number)
+            return number <= limit
+
+        found = train_bert_rerank.largest(most, fits)
+        best = min(limit, most)
+        assert best * 3 / 4 <= found <= best and (found == best or best > 4)
+        assert 1 <= min(asked) and max(asked) <= min(most, max(1, 2 * limit)) and len(asked) <= 14
+
+
+# ---- What one more micro-batch costs ---------------------------------------------------------------------------------
+CARDS = {  # compute capability, multiprocessors; TFLOP/s in 16 and in 32 bits, as NVIDIA has them
+    "V100": (7, 0, 80, 125, 15.7), "T4": (7, 5, 40, 65, 8.1), "A100": (8, 0, 108, 312, 19.5),
+    "RTX 3090": (8, 6, 82, 71, 35.6), "RTX 4090": (8, 9, 128, 165, 82.6), "H200": (9, 0, 132, 989, 67),
+    "B200": (10, 0, 148, 2250, 80), "RTX 5090": (12, 0, 170, 210, 105),
+}  # fmt: skip
+
+
+def card(name="Card", major=9, minor=0, multi_processor_count=132):
+    """What torch.cuda.get_device_properties() would tell of a GPU that is not there."""
+    return SimpleNamespace(name=name, major=major, minor=minor, multi_processor_count=multi_processor_count)
+
+
+def large_shape(layers):
+    """A model of bge-reranker-large's shape but for the number of layers, without memory."""
+    shape = {"vocab_size": 250_002, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
+    config = AutoConfig.for_model("xlm-roberta", num_hidden_layers=layers, num_labels=1, **shape)
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config)
+
+
+@pytest.fixture
+def cost_on(monkeypatch):
+    """cost_on(card, precision, layers=24) -> what a micro-batch costs there, of bge-reranker-large's shape."""
+
+    def cost(of_card, precision="bf16", layers=24):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of_card)
+        return train_bert_rerank.micro_batch_cost(large_shape(layers), torch.device("cuda"), precision)
+
+    return cost
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_rates_of_cards_are_their_makers(name):
+    *kind, half, single = CARDS[name]
+    for precision, teraflops in (("bf16", half), ("fp16", half), ("no", single)):
+        flops, capability = train_bert_rerank.card_rate(card(name, *kind), precision)
+        assert flops / 1e12 == pytest.approx(teraflops, rel=0.01) and capability == tuple(kind[:2])
+
+
+def test_one_more_micro_batch_costs_what_a_card_computes_while_the_processor_starts_it(cost_on):
+    h200 = cost_on(card())
+    # 94 ms of those that 1,024 tokens took, of which 6 were arithmetic: benchmarks/README.md.
+    assert h200 == pytest.approx(94 / 6 * 1024, rel=0.1)
+    assert cost_on(card()) == h200 == cost_on(card(), "fp16"), "nothing is timed"
+    assert cost_on(card(multi_processor_count=66)) == pytest.approx(h200 / 2, abs=1)
+    assert cost_on(card(), "no") == pytest.approx(h200 * 67 / 989, rel=0.01)
+    # Twice the layers take the processor twice as long, and a token twice the operations.
+    assert cost_on(card(), layers=12) == pytest.approx(h200, rel=0.01)
+    assert cost_on(card("T4", 7, 5, 40)) == pytest.approx(h200 * 65 / 989, rel=0.01)
+
+
+@pytest.mark.parametrize("kind, cost", [("cpu", 16), ("mps", 256), ("xpu", 256), ("npu", 256)])
+def test_one_more_micro_batch_has_a_cost_on_other_devices(kind, cost):
+    assert train_bert_rerank.micro_batch_cost(None, SimpleNamespace(type=kind), "no") == cost
+
+
+@pytest.mark.parametrize("own, taken", [((8, 7), "8.6"), ((9, 9), "9.0"), ((6, 1), "7.0"), ((13, 0), "12.0")])
+def test_an_unknown_card_takes_the_rates_of_the_nearest_and_the_run_says_so(capsys, own, taken):
+    train_bert_rerank.mention_unknown_card(card("Orin", *own, 16), "bf16")
+    said = f"Orin: the rates of compute capability {own[0]}.{own[1]} are not known, those of {taken} are taken.\n"
+    assert capsys.readouterr().out == said
+    train_bert_rerank.mention_unknown_card(card(), "bf16")
+    assert capsys.readouterr().out == ""
+
+
+def test_on_a_gpu_one_line_tells_the_bound_and_what_it_needs_and_the_record_has_both(monkeypatch, reranker):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card())
+    monkeypatch.setattr(train_bert_rerank, "largest_micro_batch", lambda run: (16384, 12.4e9, 24e9))
+    run = SimpleNamespace(
+        args=check_settings({}), record={"precision": "bf16"}, progress=SimpleNamespace(max_tokens=0), model=reranker,
+        accelerator=SimpleNamespace(device=torch.device("cuda")), checkpoint=None,
+    )  # fmt: skip
+    said = train_bert_rerank.choose_bound(run)
+    assert said == "micro-batches of up to 16,384 tokens; needs 12.4 of 24.0 GB"
+    assert run.record["micro_batch_tokens"] == run.progress.max_tokens == 16384
+    assert run.record["micro_batch_cost"] > 1000
+    for bound, expected in ((None, 2 * 512), (777, 777)):
+        run.args["micro_batch_tokens"] = bound
+        assert train_bert_rerank.choose_bound(run) == f"micro-batches of up to {expected:,} tokens"
+
+
+@pytest.mark.parametrize("length", [50, 500])
+def test_operations_are_those_that_pytorch_counts(length):
+    model = large_shape(layers=6)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.ones(4, length, dtype=torch.long, device="meta")).logits.sum().backward()
+    counted = train_bert_rerank.operations(model, tokens=4 * length, squared_lengths=4 * length**2)
+    # The head, which reads one token, is counted for all of them.
+    assert counter.get_total_flops() == pytest.approx(counted, rel=0.03)
+
+
+def test_speed_is_logged_step_by_step_and_kept_in_run_json(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_bert_rerank.tqdm, "set_postfix_str", lambda bar, text: shown.append(text))
+    shown = []
+    run = train_bert_rerank.train(settings)
+    log = EventAccumulator(str(tmp_path / "out" / "logs" / "train_bert_rerank")).Reload()
+    speeds = [event.value for event in log.Scalars("time/tokens_per_second")]
+    steps = [event.step for event in log.Scalars("time/tokens_per_second")]
+    assert steps == list(range(1, 9)) and min(speeds) <= run["tokens_per_second"] <= max(speeds)
+    assert "model_flops_utilisation" not in run, "no card, no rate"
+    assert re.search(r", [\d.]+ pairs/s, [\d,]+ tokens/s", shown[-1])
+
+    encoded = BertRerankerModel.from_pretrained(TINY).encode([row[:2] for row in rows_of_settings(settings)], 128)
+    tokens = 2 * sum(len(ids) for ids, *_ in encoded)
+    assert tokens / run["tokens_per_second"] <= run["seconds"]["training"]
+
+
+def rows_of_settings(settings):
+    """(query, content, label) of the train rows."""
+    return [tuple(json.loads(line).values()) for line in open(settings["train_dataset"], encoding="utf-8")]
+
+
+def test_the_share_of_a_cards_rate_is_that_of_all_processes_real_tokens(monkeypatch, reranker):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card())
+    throughput = train_bert_rerank.Throughput(pairs=10, tokens=1000, squared_lengths=110_000, seconds=0.5)
+    run = SimpleNamespace(
+        throughput=throughput, record={"precision": "bf16"}, model=reranker,
+        accelerator=SimpleNamespace(device=torch.device("cuda"), num_processes=2),
+    )  # fmt: skip
+    speed = train_bert_rerank.speed_of(run)
+    expected = train_bert_rerank.operations(reranker.model, 1000, 110_000) / 0.5 / (2 * 989e12)
+    assert speed["tokens_per_second"] == 2000
+    assert speed["model_flops_utilisation"] == pytest.approx(expected, rel=0.01)
+    run.throughput = train_bert_rerank.Throughput()
+    assert train_bert_rerank.speed_of(run) == {}, "nothing was left to train"
 
 
 # ---- Options that save memory ----------------------------------------------------------------------------------------

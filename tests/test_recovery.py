@@ -645,13 +645,29 @@ def runs_without_dropout(usual_settings, without_dropout, small_pictures):  # no
     return settings, *folders
 
 
-@pytest.mark.parametrize("changes", [{"micro_batch_tokens": 100}, {"batch_size": 1, "gradient_accumulation_steps": 8}])
-def test_with_another_bound_the_same_samples_make_the_same_steps(runs_without_dropout, tmp_path, changes):
+@pytest.mark.parametrize("changes, bound", [
+    ({"micro_batch_tokens": 100}, 100),
+    ({"micro_batch_tokens": None}, 128),
+    ({"micro_batch_tokens": None, "batch_size": 1, "gradient_accumulation_steps": 8}, 64),
+])  # fmt: skip
+def test_with_another_bound_the_same_samples_make_the_same_steps(runs_without_dropout, tmp_path, changes, bound):
     settings, whole, killed = runs_without_dropout
     shutil.copytree(killed, tmp_path / "out")
     run = train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "out"), **changes, **RESUME})
-    assert run["micro_batch_tokens"] == changes.get("micro_batch_tokens", 64)
+    assert run["micro_batch_tokens"] == bound
     check_agreement(tmp_path / "out", whole, settings["model_name_or_path"])
+
+
+@pytest.mark.parametrize("bound, tokens", [(None, 128), (100, 100)])
+def test_with_auto_a_checkpoint_goes_on_with_the_bound_that_it_has(settings, tmp_path, capsys, bound, tokens):
+    settings = {**settings, "micro_batch_tokens": bound}  # None: as older versions had it
+    train_bert_rerank.train({**settings, "output_dir": str(tmp_path / "whole")})
+    train_until(6, settings)
+    capsys.readouterr()
+    changed = {"micro_batch_tokens": "auto", "batch_size": 1, "gradient_accumulation_steps": 8}
+    assert train_bert_rerank.train({**settings, **changed, **RESUME})["micro_batch_tokens"] == tokens
+    assert f"micro-batches of up to {tokens} tokens" in capsys.readouterr().out
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
 def check_agreement(folder, other, model):

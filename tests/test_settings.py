@@ -32,7 +32,7 @@ DEFAULTS = {  # the table of the contract
     "lr": 1e-5,
     "batch_size": 2,
     "gradient_accumulation_steps": 8,
-    "micro_batch_tokens": None,  # this and the next two came with memory
+    "micro_batch_tokens": "auto",  # this and the next two came with memory
     "gradient_checkpointing": False,
     "freeze_embeddings": False,
     "warmup_proportion": 0.1,
