@@ -2595,11 +2595,11 @@ def any_process(accelerator, is_so):
 
 
 # ---- Preparation ---------------------------------------------------------------------------------
-# What micro_batch_tokens "auto" stands for on other devices than CUDA's.
-MICRO_BATCH_TOKENS = {"cpu": 1024}
-MICRO_BATCH_TOKENS_ELSEWHERE = 4096
+# What micro_batch_tokens "auto" stands for: on a CPU, whose cache keeps so many; elsewhere, for a
+# step of 16 rows of 512 tokens to take two micro-batches. On CUDA it may be more, or less.
+CPU_TOKENS = 1024
+ENOUGH_TOKENS = 4096
 MEMORY_SHARE = 0.9  # of a GPU's memory, that a run may take
-ENOUGH_TOKENS = 4096  # of a micro-batch, for 16 rows of a step to take two
 
 
 # What a launcher tells a process of itself and the others.
@@ -3050,8 +3050,10 @@ def choose_bound(run):
     elif device.type == "cuda":
         bound, needed, memory = largest_micro_batch(run)
         needs = f"; needs {needed / 1e9:.1f} of {memory / 1e9:.1f} GB"
+    elif device.type == "cpu":
+        bound = CPU_TOKENS
     else:
-        bound = MICRO_BATCH_TOKENS.get(device.type, MICRO_BATCH_TOKENS_ELSEWHERE)
+        bound = ENOUGH_TOKENS
     record["micro_batch_tokens"] = bound
     progress.max_tokens = bound
     return f"micro-batches of up to {bound:,} tokens{needs}"
@@ -3142,12 +3144,13 @@ def largest(most, fits):
 
 
 def memory_of(run, rows):
-    """The bytes in use, at most, while a micro-batch of so many times the longest row is trained
-    beside the gradient of another, on the fullest GPU; infinite where memory ran out."""
+    """The bytes in use, at most, while micro-batches of so many times the longest row are trained,
+    on the fullest GPU; infinite where memory ran out."""
     micro_batch = np.full(rows, run.train_data.lengths.argmax())
     torch.cuda.reset_peak_memory_stats()
     run.model.train()
-    passes = partial(forward_backward, run, [micro_batch, micro_batch], 2 * rows)
+    # The second has its backward beside a gradient that is there already; the third has none.
+    passes = partial(forward_backward, run, [micro_batch] * 3, 3 * rows)
     result, is_done = unless_out_of_memory(passes)
     del result  # and with it the activations
     release_memory()

@@ -7,7 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
-from collections import UserList
+from collections import Counter, UserList
 from types import SimpleNamespace
 
 import numpy as np
@@ -398,6 +398,20 @@ def test_one_more_micro_batch_costs_what_a_card_computes_while_the_processor_sta
 @pytest.mark.parametrize("kind, cost", [("cpu", 16), ("mps", 256), ("xpu", 256), ("npu", 256)])
 def test_one_more_micro_batch_has_a_cost_on_other_devices(kind, cost):
     assert train_bert_rerank.micro_batch_cost(None, SimpleNamespace(type=kind), "no") == cost
+
+
+def test_windows_are_cut_at_the_cost_of_one_more_micro_batch_which_run_json_has(settings, monkeypatch, tmp_path):
+    counts = {}
+    for cost in (1, 10_000):
+        monkeypatch.setattr(train_bert_rerank, "micro_batch_cost", lambda model, device, precision, cost=cost: cost)
+        shapes = fails_above(10**9, monkeypatch)
+        train_bert_rerank.train({**settings, "eval_dataset": settings["train_dataset"], "epochs": 1})
+        assert json.loads((tmp_path / "out" / "run.json").read_text("utf-8"))["micro_batch_cost"] == cost
+        counts[cost] = Counter(count for count, _ in shapes)
+        monkeypatch.undo()
+    assert counts[10_000][10] == 4, "40 rows, ten a step"
+    assert counts[10_000].keys() >= {11, 14, 15}, "an evaluation, in as few as 1,024 tokens allow"
+    assert counts[1].total() > 3 * counts[10_000].total() and counts[1][10] == 0
 
 
 @pytest.mark.parametrize("own, taken", [((8, 7), "8.6"), ((9, 9), "9.0"), ((6, 1), "7.0"), ((13, 0), "12.0")])
