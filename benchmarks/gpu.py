@@ -633,7 +633,7 @@ def title_of(name, job):
 
 
 def in_words(facts):
-    """What a run of ours chose and how fast it was, as gpu_worker.facts_of() has it."""
+    """What a run of ours chose and how fast it was, as gpu_worker.watched_run() has it."""
     words = (
         f"{facts['bound']}; one more costs {facts['micro_batch_cost']:,} tokens; "
         f"{facts['tokens_per_second']:,.0f} tokens/s"

@@ -64,8 +64,8 @@ VOCABULARY = 3500  # gives Cranfield's rows as many tokens as MiniLM's tokenizer
 
 
 # ---- What of our script is reached by name ---------------------------------------------------------
-# Besides these, script.train_step in profile() and script.choose_bound in watched_run(): each is
-# called with whatever the script gives it.
+# Besides these, script.train_step in profile(): each is called with whatever the script gives it. Two
+# more, which are given the run, in watched_run().
 OF_OUR_FORWARD = "batch, tokens to the card, loss"  # what is not transformers' own
 SECTIONS_OF_STEP = [  # owner, function, section
     (script, "plan_window", "planning"),
@@ -212,27 +212,27 @@ def settings_of(job):
 
 @contextmanager
 def watched_run():
-    """Yields a list, of which a run of ours that begins within makes [the run, what it says of its
-    bound]."""
-    begun = []
+    """Yields a dict that gets, of a run of ours within, what it says of the bound of its
+    micro-batches, and after the last step what run.json is to have of their cost and of the
+    speed."""
+    facts = {}
     choose_bound = script.choose_bound
+    save_if_due = script.save_if_due
 
-    def noted(run):
-        bound = choose_bound(run)
-        begun.extend([run, bound])
-        return bound
+    def noting_bound(run):
+        facts["bound"] = choose_bound(run)
+        return facts["bound"]
 
-    with patch.object(script, "choose_bound", noted):
-        yield begun
+    def noting_speed(run):
+        if run.progress.step == run.total_steps:
+            facts["micro_batch_cost"] = run.record["micro_batch_cost"]
+            facts.update(script.speed_of(run))
+        save_if_due(run)
 
-
-def facts_of(run, bound):
-    """What run.json has, or would have, of a run's micro-batches and its speed."""
-    return {
-        "bound": bound,
-        "micro_batch_cost": run.record["micro_batch_cost"],
-        **script.speed_of(run),
-    }
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(script, "choose_bound", noting_bound))
+        stack.enter_context(patch.object(script, "save_if_due", noting_speed))
+        yield facts
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -256,10 +256,10 @@ def train(job):
         bf16=job.bf16,
         **CONTENDERS[job.contender].special,
     )
-    with watched_run() as begun:
+    with watched_run() as facts:
         numbers = measure(run)
-    if begun:  # it was ours
-        numbers["run"] = facts_of(*begun)
+    if facts:  # it was ours
+        numbers["run"] = facts
     taken = rows_taken(run, numbers)
     numbers["taken"] = f"{numbers['steps']} steps, {job.warm_up} of warm-up; {taken}"
     if not CUDA:
@@ -441,7 +441,7 @@ def overhead(job):
     with ExitStack() as stack:
         for title, owner, name in PARTS_OF_RUN:
             stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), title)))
-        begun = stack.enter_context(watched_run())
+        facts = stack.enter_context(watched_run())
         started = time.perf_counter()
         more = {"eval_dataset": job.eval_rows, "epochs": 1, "log_with": "tensorboard"}
         script.train({**settings_of(job), **more})
@@ -452,7 +452,7 @@ def overhead(job):
         "seconds": seconds,
         "steps": spent["training steps"][0],
         "evaluated": len(read(job.eval_rows)),
-        "run": facts_of(*begun),
+        "run": facts,
     }
 
 
