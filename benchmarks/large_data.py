@@ -238,8 +238,8 @@ def load(options):
 
 
 # ---- plan ------------------------------------------------------------------------------------------------------------
-# What one more micro-batch is taken to cost, in padded tokens: as in the published table, and the least of a GPU. With
-# larger ones as many cuts are tried, with a CPU's 16 a quarter, where several processes share a window.
+# What one more micro-batch is taken to cost, in padded tokens, as in the published table: a CPU's is 16, a large GPU's
+# thousands. Where processes share a window, a quarter as many cuts are tried with 16, and as many with thousands.
 BATCH_COST = 256
 
 
