@@ -7,11 +7,12 @@ bge-reranker-large's shape (24 layers, 1,024 wide, a vocabulary of 250,002) with
 bf16, on rows of Cranfield, or without --data on the default ones, which are Chinese and shorter.
 The parts; --parts chooses among them:
 
-training    pairs/s of ours as it comes and with micro_batch_tokens "auto", of
-            sentence-transformers, FlagEmbedding, transformers' Trainer and a plain loop. 16 and 64
-            samples a step, the peers in batches as our defaults have them and in batches as large
-            as a step; then ours on rows of 512 tokens
-profile     where the time of a step of 16 samples goes, with the default bound and with "auto"
+training    pairs/s of ours as it comes and with micro_batch_tokens None, of sentence-transformers,
+            FlagEmbedding, transformers' Trainer and a plain loop. 16 and 64 samples a step, the
+            peers in batches as our defaults have them and in batches as large as a step; then ours
+            on rows of 512 tokens; and the bound of a micro-batch that each run of ours chose
+profile     where the time of a step of 16 samples goes, as it comes and with micro_batch_tokens
+            None
 overhead    what a run spends besides training
 prediction  predict() beside CrossEncoder and FlagReranker in fp32, bf16 and fp16, scores compared
 bits        whether two runs on tiny_reranker leave the same bits, in bf16
@@ -53,6 +54,7 @@ OWN_CHOICE = "plain loop, attention as PyTorch chooses it"
 
 
 # ---- What is to be done --------------------------------------------------------------------------
+OURS = ("ours", "none")  # the contenders that are our script
 PARTS = ("training", "profile", "overhead", "prediction", "bits")
 STEPS = 8
 WARM_UP = 2
@@ -67,7 +69,7 @@ PEERS = {  # process: its contenders, of train_throughput.py
 LAST_PEERS = {"Trainer, other samplings": ("grouped", "random")}  # where time is left
 TITLES = {  # as in train_throughput.py, which imports torch: this process does not wait for that
     "ours": "train_bert_rerank.py",
-    "auto": 'the same, `micro_batch_tokens="auto"`',
+    "none": "the same, `micro_batch_tokens=None`",
     "st": "sentence-transformers",
     "flag": "FlagEmbedding (softmax over groups of 2)",
     "rebalance": "Trainer, batch_rebalance",
@@ -158,7 +160,7 @@ class Planner:
     def training_of_ours(self):
         jobs = []
         for samples, is_long in ((16, False), (64, False), (64, True)):
-            for contender in ("ours", "auto"):
+            for contender in OURS:
                 jobs.append(self.training(contender, LIKE_THE_DEFAULTS[samples], is_long))
         return jobs
 
@@ -179,7 +181,7 @@ class Planner:
         batch_size, accumulation = LIKE_THE_DEFAULTS[16]
         output = os.path.abspath(self.options.output)
         jobs = []
-        for name, bound in (("default", None), ("auto", "auto")):
+        for name, bound in (("default", "auto"), ("none", None)):
             job = self.job(
                 "profile",
                 name=name,
@@ -341,13 +343,17 @@ ABOUT_TRAINING = (
     f"{NO_CUDNN}=1 but in the row that says otherwise. The share of matrix products counts real "
     "tokens only, in all layers."
 )
+ABOUT_OURS = (
+    "What these runs say of themselves, warm-up included: what a micro-batch may hold and was found "
+    "to need, what one more is taken to cost, and the speed. Model FLOPs utilisation counts real "
+    "tokens only and is a share of what the card does at best, as its maker has it."
+)
 TRAINING_COLUMNS = [
     "samples a step",
     "contender",
     "batch × accumulation",
     "pairs/s",
     "ours / it",
-    "auto / it",
     "padding efficiency",
     "micro-batches a step",
     "share of matrix products",
@@ -462,24 +468,36 @@ class Report:
         rows = []
         for samples, is_long in ((16, False), (64, False), (64, True)):
             runs = self.answers("train", samples=samples, is_long=is_long)
-            rates = {}  # of ours
+            rate_of_ours = None
             for job, answer in runs:
-                if job["contender"] in ("ours", "auto"):
-                    rates[job["contender"]] = answer["rate"]
+                if job["contender"] == "ours":
+                    rate_of_ours = answer["rate"]
             for job, answer in runs:
-                rows.append(self.training_row(job, answer, rates))
+                rows.append(self.training_row(job, answer, rate_of_ours))
         if not rows:
             return []
-        return ["", "### Training", "", ABOUT_TRAINING, "", *table(TRAINING_COLUMNS, rows)]
+        lines = ["", "### Training", "", ABOUT_TRAINING, "", *table(TRAINING_COLUMNS, rows)]
+        return lines + self.lines_of_ours()
 
-    def training_row(self, job, answer, rates):
-        """A contender's row; `rates` has those of ours for the same rows."""
+    def lines_of_ours(self):
+        """What each run of ours chose, and how fast it found itself."""
+        lines = []
+        for job, answer in self.answers("train"):
+            if job["contender"] in OURS:
+                lines.append(f"- {title_of('ours', job)}: {in_words(answer['run'])}.")
+        if not lines:
+            return []
+        return ["", ABOUT_OURS, "", *lines]
+
+    def training_row(self, job, answer, rate_of_ours):
+        """A contender's row; pairs/s of ours are those for the same rows, None where there are
+        none."""
         samples = str(job["samples"])
         if job["is_long"]:
             samples += ", of 512 tokens"
-        ratios = []
-        for name in ("ours", "auto"):
-            ratios.append(f"{rates[name] / answer['rate']:.2f}" if name in rates else "–")
+        ratio = "–"
+        if rate_of_ours:
+            ratio = f"{rate_of_ours / answer['rate']:.2f}"
         share = "–"
         for _, peak in self.answers("rate"):
             share = f"{answer['flops'] / peak['operations_a_second']:.1%}"
@@ -491,7 +509,7 @@ class Report:
             job["title"],
             split_of(job),
             f"{answer['rate']:.1f}",
-            *ratios,
+            ratio,
             f"{answer['padding']:.3f}",
             f"{answer['micro_batches']:.1f}",
             share,
@@ -553,7 +571,8 @@ class Report:
                 rows.append([name, str(count), f"{seconds:.2f}"])
             title = f"A run of {answer['steps']} steps, {answer['seconds']:.1f} s in all"
             lines += ["", f"### {title}", ""]
-            lines += [f"An evaluation scores {answer['evaluated']} rows.", ""]
+            lines.append(f"An evaluation scores {answer['evaluated']} rows.")
+            lines += [f"The run, by its run.json: {in_words(answer['run'])}.", ""]
             lines += table(["", "times", "seconds"], rows)
         return lines
 
@@ -611,6 +630,17 @@ def title_of(name, job):
     if "name" in job:
         return f"{name}, {job['name']}"
     return job["kind"]
+
+
+def in_words(facts):
+    """What a run of ours chose and how fast it was, as gpu_worker.watched_run() has it."""
+    words = (
+        f"{facts['bound']}; one more costs {facts['micro_batch_cost']:,} tokens; "
+        f"{facts['tokens_per_second']:,.0f} tokens/s"
+    )
+    if "model_flops_utilisation" in facts:
+        words += f"; model FLOPs utilisation {facts['model_flops_utilisation']:.1%}"
+    return words
 
 
 def split_of(job):

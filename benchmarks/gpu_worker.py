@@ -64,7 +64,8 @@ VOCABULARY = 3500  # gives Cranfield's rows as many tokens as MiniLM's tokenizer
 
 
 # ---- What of our script is reached by name ---------------------------------------------------------
-# Besides these, script.train_step in profile(): each is called with whatever the script gives it.
+# Besides these, script.train_step in profile(): each is called with whatever the script gives it. Two
+# more, which are given the run, in watched_run().
 OF_OUR_FORWARD = "batch, tokens to the card, loss"  # what is not transformers' own
 SECTIONS_OF_STEP = [  # owner, function, section
     (script, "plan_window", "planning"),
@@ -209,6 +210,31 @@ def settings_of(job):
     }
 
 
+@contextmanager
+def watched_run():
+    """Yields a dict that gets, of a run of ours within, what it says of the bound of its
+    micro-batches, and after the last step what run.json is to have of their cost and of the
+    speed."""
+    facts = {}
+    choose_bound = script.choose_bound
+    save_if_due = script.save_if_due
+
+    def noting_bound(run):
+        facts["bound"] = choose_bound(run)
+        return facts["bound"]
+
+    def noting_speed(run):
+        if run.progress.step == run.total_steps:
+            facts["micro_batch_cost"] = run.record["micro_batch_cost"]
+            facts.update(script.speed_of(run))
+        save_if_due(run)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(script, "choose_bound", noting_bound))
+        stack.enter_context(patch.object(script, "save_if_due", noting_speed))
+        yield facts
+
+
 # ---- Training ------------------------------------------------------------------------------------
 def rate(job):
     """The rate of matrix products in the precision of the run, in operations a second."""
@@ -230,7 +256,10 @@ def train(job):
         bf16=job.bf16,
         **CONTENDERS[job.contender].special,
     )
-    numbers = measure(run)
+    with watched_run() as facts:
+        numbers = measure(run)
+    if facts:  # it was ours
+        numbers["run"] = facts
     taken = rows_taken(run, numbers)
     numbers["taken"] = f"{numbers['steps']} steps, {job.warm_up} of warm-up; {taken}"
     if not CUDA:
@@ -386,9 +415,9 @@ def bits(job):
 
 # ---- What a run spends besides training ----------------------------------------------------------
 def overhead(job):
-    """{what: [calls, seconds]} of a run with "auto", one epoch and otherwise the defaults, but that
-    it keeps one checkpoint. The rows of its evaluation are of the training file, its own among
-    them: how well it ranks is not the question."""
+    """{what: [calls, seconds]} of a run of one epoch and otherwise the defaults, but that it keeps
+    one checkpoint. The rows of its evaluation are of the training file, its own among them: how
+    well it ranks is not the question."""
     spent = {title: [0, 0.0] for title, _, _ in PARTS_OF_RUN}
     running = []  # the part that is timed now: what it calls is a part of it
 
@@ -412,6 +441,7 @@ def overhead(job):
     with ExitStack() as stack:
         for title, owner, name in PARTS_OF_RUN:
             stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), title)))
+        facts = stack.enter_context(watched_run())
         started = time.perf_counter()
         more = {"eval_dataset": job.eval_rows, "epochs": 1, "log_with": "tensorboard"}
         script.train({**settings_of(job), **more})
@@ -422,6 +452,7 @@ def overhead(job):
         "seconds": seconds,
         "steps": spent["training steps"][0],
         "evaluated": len(read(job.eval_rows)),
+        "run": facts,
     }
 
 

@@ -3,8 +3,9 @@
     python benchmarks/same_bits.py                                     # no, bf16 and fp16, one process
     python benchmarks/same_bits.py --mixed_precision bf16 --processes 2
 
-Compared are weights, pictures, report, predictions and logged scalars of runs on tiny_reranker. fp16 needs a GPU; the
-number of steps that its scaler left out is printed, since they are part of what a resumed run has to remember."""
+Compared are weights, pictures, report, predictions and logged scalars, speed aside, of runs on tiny_reranker. fp16
+needs a GPU; the number of steps that its scaler left out is printed, since they are part of what a resumed run has to
+remember."""
 
 import argparse
 import json

@@ -5,7 +5,7 @@
 
 The README's default run, in both checkouts: with one process, with two, and with one that is stopped by SIGTERM, killed
 by SIGKILL, and goes on each time. Compared are weights, model card, pictures, report, predictions, rows to check and
-the logged scalars. The exit status is 1 where anything differs."""
+the logged scalars, speed aside. The exit status is 1 where anything differs."""
 
 import argparse
 import os

@@ -55,11 +55,15 @@ def printed(folder, name):
 
 
 def bits(output_dir):
-    """{name: SHA-256 or values} of all that two runs have to have in common."""
+    """{name: SHA-256 or values} of all that two runs have to have in common: of the logged scalars those that are
+    computed, not those of "time/", which tell how fast a run was."""
     files = [path for pattern in COMPARED for path in output_dir.glob(pattern)]
     found = {str(path.relative_to(output_dir)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     log = EventAccumulator(str(output_dir / "logs" / "train_bert_rerank"), size_guidance={"scalars": 0}).Reload()
-    return found | {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    for tag in log.Tags()["scalars"]:
+        if not tag.startswith("time/"):
+            found[tag] = [(event.step, event.value) for event in log.Scalars(tag)]
+    return found
 
 
 def moment(folder, output_dir):

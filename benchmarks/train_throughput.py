@@ -13,8 +13,10 @@ All train the same folder on the same rows: max_len 512, dropout, AdamW (lr 1e-5
 own; the contenders take turns over `--rounds` rounds, each round starting with another one. All is
 measured from outside, alike for all: the forward of the *ForSequenceClassification class is wrapped
 and tells which tokens it got in training mode, a hook of torch.optim when an optimizer step ended.
-Pairs/s are those of steps 2 to n, in CPU seconds of the process where one thread computes; who
-tokenises before the first step (ours, Trainer) has the seconds that it took added, pair by pair.
+Pairs/s are those of steps 2 to n. A second is one of the CPU, all the process's threads together,
+where `--threads` is 1; with more threads, or on a GPU, it is one on the wall: more threads should
+shorten the run, and other work on the machine lengthens it. Who tokenises before the first step
+(ours, Trainer) has the seconds that it took added, pair by pair.
 "Deterministic" is torch.use_deterministic_algorithms(True), as ours always has it; the share of the
 peak counts the real tokens alone, in the encoder's layers.
 
@@ -338,7 +340,8 @@ def operations_of(config, lengths):
 
 def clock(job):
     """Seconds: of the CPU where one thread computes, for other work on the machine changes those
-    the least."""
+    the least. Those of several threads would add up, whatever they shorten: then, and on a GPU,
+    seconds on the wall."""
     if CUDA or job.threads > 1:
         return time.perf_counter()
     return time.process_time()
@@ -680,8 +683,8 @@ class Contender:
 
 CONTENDERS = {  # by their names on the command line
     "ours": Contender("train_bert_rerank.py", ours),
-    "auto": Contender('the same, micro_batch_tokens "auto"', ours,
-                      {"more": {"micro_batch_tokens": "auto"}}),
+    "none": Contender("the same, micro_batch_tokens None", ours,
+                      {"more": {"micro_batch_tokens": None}}),
     "plain": Contender("plain loop", plain_loop),
     "st": Contender("sentence-transformers", sentence_transformers),
     "flag": Contender("FlagEmbedding (softmax over groups of 2)", flag_embedding),
@@ -879,7 +882,7 @@ class Comparison:
         return f"{norm:.3f}, {cosine:.4f}"
 
     def deterministic_rate(self, name):
-        if name in ("ours", "auto"):
+        if CONTENDERS[name].train is ours:
             return "it is"
         return rates([run(job_of(name, self.job, deterministic=True))])
 
@@ -900,7 +903,7 @@ def names_of_contenders(options):
 
 
 EVERYTHING = "nothing: pairs/s"
-ABLATION = {  # idea: what changes in the job of "auto"
+ABLATION = {  # idea: what changes in the job of "ours"
     EVERYTHING: {},
     "windows (random batches instead)": {"without": "windows"},
     "fused AdamW": {"without": "fused"},
@@ -913,7 +916,7 @@ ABLATION = {  # idea: what changes in the job of "auto"
 def ablate(job, rounds):
     """{idea: results without it} in a setting."""
     return take_turns(
-        list(ABLATION), rounds, lambda idea: run(job_of("auto", job, **ABLATION[idea]))
+        list(ABLATION), rounds, lambda idea: run(job_of("ours", job, **ABLATION[idea]))
     )
 
 

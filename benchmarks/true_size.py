@@ -60,6 +60,7 @@ def main():
                 "model_name_or_path": f"{folder}/model", "train_dataset": f"{folder}/rows.jsonl", "eval_dataset": None,
                 "output_dir": f"{folder}/out", "epochs": 2, "batch_size": asked.batch_size, "log_with": None,
                 "gradient_accumulation_steps": 4 // asked.batch_size, "mixed_precision": asked.mixed_precision,
+                "micro_batch_tokens": None,
                 **dict.fromkeys(OPTIONS[name], True),
             }  # fmt: skip
             arguments = [text for key, value in settings.items() for text in (f"--{key}", str(value))]

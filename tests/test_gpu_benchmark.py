@@ -1,18 +1,21 @@
-"""benchmarks/gpu.py where no card is needed: what it reads out of a trace, and that neither a process that dies nor one
-that hangs takes the other results with it."""
+"""benchmarks/gpu.py where no card is needed: what it reads out of a trace and tells of our own runs, and that neither a
+process that dies nor one that hangs takes the other results with it."""
 
 import gzip
 import json
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, write_rows
+from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
 from step_profile import PREFIX, read_events, summarize  # noqa: E402
+from train_throughput import CONTENDERS, Comparison, choose_rows, ours  # noqa: E402
 
 EMBEDDINGS = (1000, 16)
 
@@ -189,6 +192,50 @@ def test_what_the_minutes_do_not_suffice_for_is_cut_off(answers_of):
     assert time.monotonic() - started < 20
 
 
+# ---- Our own runs ----------------------------------------------------------------------------------------------------
+def trained(contender, tmp_path):
+    """What the worker answers where `contender` trains tiny_reranker on the default rows, two steps of 64."""
+    import gpu_worker
+
+    return gpu_worker.train(SimpleNamespace(
+        contender=contender, folder=str(tmp_path), model=TINY, batch_size=8, accumulation=8, steps=2, warm_up=1,
+        rows=write_rows(tmp_path / "rows.jsonl", choose_rows(None, 128)), bf16=False,
+    ))  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the bound of a CPU")
+@pytest.mark.parametrize(("contender", "bound"), [("ours", "1,024"), ("none", "4,096")])
+def test_ours_is_measured_as_it_comes_and_with_the_bound_of_versions_before(tmp_path, contender, bound):
+    answer = trained(contender, tmp_path)
+    assert answer["taken"] == "2 steps, 1 of warm-up; each once"
+    chosen = answer["run"]
+    assert chosen["bound"] == f"micro-batches of up to {bound} tokens" and chosen["micro_batch_cost"] == 16
+    assert chosen["tokens_per_second"] > 0
+
+
+def test_every_contender_of_ours_says_that_it_is_deterministic_and_is_not_run_again_for_it():
+    table = Comparison(job=None, peak=1.0, results={})
+    names = [name for name, contender in CONTENDERS.items() if contender.train is ours]
+    assert tuple(names) == gpu.OURS
+    assert [table.deterministic_rate(name) for name in names] == ["it is", "it is"]
+
+
+def logged(folder, loss, tokens_per_second):
+    """The folder of a run that left this log."""
+    with SummaryWriter(str(folder / "logs" / "train_bert_rerank")) as log:
+        log.add_scalar("train/loss", loss, 1)
+        log.add_scalar("time/tokens_per_second", tokens_per_second, 1)
+    return folder
+
+
+def test_two_runs_have_the_same_bits_whatever_their_speed_and_not_with_another_loss(tmp_path):
+    from soak_kill import bits
+
+    slow = bits(logged(tmp_path / "slow", loss=0.5, tokens_per_second=100.0))
+    assert slow == bits(logged(tmp_path / "fast", loss=0.5, tokens_per_second=200.0)) == {"train/loss": [(1, 0.5)]}
+    assert slow != bits(logged(tmp_path / "other", loss=0.25, tokens_per_second=100.0))
+
+
 # ---- The report ------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def options(tmp_path, monkeypatch):
@@ -196,19 +243,44 @@ def options(tmp_path, monkeypatch):
     return gpu.read_options()
 
 
+CHOSEN = {"bound": "micro-batches of up to 9,216 tokens; needs 20.5 of 24.0 GB", "micro_batch_cost": 1234,
+          "tokens_per_second": 5678.9, "model_flops_utilisation": 0.321}  # fmt: skip
+
+
 def test_each_result_is_on_disk_as_soon_as_it_is_there(options, tmp_path):
     report = gpu.Report(options, time.monotonic())
     jobs = gpu.Planner(options, str(tmp_path)).plan()
     numbers = {"flops": 4e12, "padding": 0.9, "micro_batches": 8.0, "memory": 2**31, "taken": "each once"}
     report.add("preparation", jobs["preparation"][1], {"operations_a_second": 8e12})
-    report.add("ours", jobs["ours"][0], {"rate": 30.0, **numbers})
+    report.add("ours", jobs["ours"][0], {"rate": 30.0, **numbers, "run": CHOSEN})
     report.add("plain loop", jobs["plain loop"][1], {"rate": 10.0, **numbers})
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "| 16 | plain loop | 16 × 1 | 10.0 | 3.00 | – | 0.900 | 8.0 | 50.0% | 2.0 GiB | each once |" in text
+    assert "| 16 | plain loop | 16 × 1 | 10.0 | 3.00 | 0.900 | 8.0 | 50.0% | 2.0 GiB | each once |" in text
     report.add("bits", jobs["bits"][0], {"error": "the package x is missing"})
     assert "- bits: the package x is missing" in (tmp_path / "report.md").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [line["answer"].get("rate") for line in lines] == [None, 30.0, 10.0, None]
+
+
+def test_the_report_tells_what_each_run_of_ours_chose_and_needs_and_how_much_of_the_card_it_used(options, tmp_path):
+    report = gpu.Report(options, time.monotonic())
+    jobs = gpu.Planner(options, str(tmp_path)).plan()
+    numbers = {"rate": 30.0, "flops": 4e12, "padding": 0.9, "micro_batches": 8.0, "memory": 2**31, "taken": "each once"}
+    words = "micro-batches of up to 9,216 tokens; needs 20.5 of 24.0 GB; one more costs 1,234 tokens; 5,679 tokens/s"
+    without_card = {"bound": "micro-batches of up to 1,024 tokens", "micro_batch_cost": 16, "tokens_per_second": 99.6}
+    report.add("ours", jobs["ours"][0], {**numbers, "run": CHOSEN})
+    report.add("ours", jobs["ours"][5], {**numbers, "run": without_card})
+    report.add("plain loop", jobs["plain loop"][1], numbers)
+    spent = {"spent": {"training steps": [1, 2.0]}, "seconds": 3.0, "steps": 1, "evaluated": 64}
+    report.add("overhead", jobs["overhead"][0], {**spent, "run": CHOSEN})
+    lines = report.path.read_text(encoding="utf-8").splitlines()
+    assert f"- train_bert_rerank.py, 2 × 8: {words}; model FLOPs utilisation 32.1%." in lines
+    assert (
+        "- the same, `micro_batch_tokens=None`, 8 × 8, rows of 512 tokens: micro-batches of up to 1,024 tokens; "
+        "one more costs 16 tokens; 100 tokens/s." in lines
+    )
+    assert f"The run, by its run.json: {words}; model FLOPs utilisation 32.1%." in lines
+    assert not any(line.startswith("- plain loop") for line in lines)
 
 
 def test_the_report_tells_how_long_the_card_is_idle_in_a_step_without_the_profiler(options, tmp_path):
@@ -223,7 +295,7 @@ def test_the_report_tells_how_long_the_card_is_idle_in_a_step_without_the_profil
     text = report.path.read_text(encoding="utf-8")
     assert "| forward | 30.00 | 4.00 | 10.00 | 30.00 | 4.00 | 10.00 |" in text
     assert "| the whole step | 80.00 | 5.00 | 10.00 | 80.00 | 5.00 | 20.00 |" in text
-    for name, share in (("default", "75%"), ("auto", "50%")):
+    for name, share in (("default", "75%"), ("none", "50%")):
         assert f"{name}: 2 micro-batches, 40.0 ms without the profiler (the median of three); " in text
         assert f"the card is idle for {share} of" in text
     assert "| `fill/x` | 5.00 | 4 | 50.0% |" in text
@@ -251,10 +323,10 @@ def test_results_that_are_there_are_not_written_over(options, tmp_path):
 def test_the_plan_has_every_contender_at_both_sizes_with_the_same_rows(options, tmp_path):
     jobs = [job for jobs in gpu.Planner(options, str(tmp_path)).plan().values() for job in jobs]
     trained = [job for job in jobs if job["kind"] == "train" and not job["is_long"]]
-    assert {job["contender"] for job in trained} == gpu.TITLES.keys()
+    assert {job["contender"] for job in trained} == gpu.TITLES.keys() == CONTENDERS.keys()
     for job in trained:
         assert job["batch_size"] * job["accumulation"] == job["samples"]
         assert job["rows"].endswith(f"{job['samples']}.jsonl")
     shapes = {(job["contender"], job["batch_size"]) for job in trained}
-    for peer in gpu.TITLES.keys() - {"ours", "auto"}:
+    for peer in gpu.TITLES.keys() - {*gpu.OURS}:
         assert {(peer, size) for size in (2, 16, 8, 64)} <= shapes

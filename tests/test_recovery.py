@@ -670,6 +670,13 @@ def test_with_auto_a_checkpoint_goes_on_with_the_bound_that_it_has(settings, tmp
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
+def test_a_bound_of_batch_size_follows_another_batch_size(settings):
+    settings = {**settings, "micro_batch_tokens": None}
+    train_until(6, settings)
+    changed = {"batch_size": 1, "gradient_accumulation_steps": 8}
+    assert train_bert_rerank.train({**settings, **changed, **RESUME})["micro_batch_tokens"] == 64
+
+
 def check_agreement(folder, other, model):
     """That the runs in two folders agree but for rounding."""
     ours, theirs = scalars_of(folder), scalars_of(other)

@@ -100,7 +100,7 @@ def realistic_lengths(kind):
 @pytest.mark.parametrize("kind", ["abstracts", "default data"])
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (2, 8), (8, 8)])
 def test_four_processes_do_the_work_of_at_least_three_point_six(kind, batch_size, accumulation):
-    costs = {"max_tokens": batch_size * 512, "batch_cost": micro_batch_cost(torch.device("cpu"))}
+    costs = {"max_tokens": batch_size * 512, "batch_cost": micro_batch_cost(None, torch.device("cpu"), "no")}
     alone = together = bound = 0
     for _ in range(40):
         lengths = GENERATOR.choice(realistic_lengths(kind), 4 * batch_size * accumulation)
