@@ -1293,15 +1293,16 @@ TOKENIZER_LOCK = threading.Lock()  # a tokenizer in use by one thread cannot be 
 
 # What the multiplying units of one multiprocessor do, TFLOP/s in 16 and in 32 bits, by compute
 # capability: NVIDIA's figures of a card (dense, sums in fp32, no TF32) over its multiprocessors.
+# In 16 bits a GeForce does half of it.
 MULTIPROCESSOR_RATES = {
     (7, 0): (1.56, 0.196),  # V100: 125 and 15.7, 80 multiprocessors
     (7, 5): (1.62, 0.202),  # T4: 65 and 8.1, 40
     (8, 0): (2.89, 0.181),  # A100: 312 and 19.5, 108
-    (8, 6): (0.866, 0.434),  # 3090: 71 and 35.6, 82
-    (8, 9): (1.29, 0.645),  # 4090: 165 and 82.6, 128
+    (8, 6): (1.73, 0.434),  # GeForce RTX 3090: 71 and 35.6, 82; A10: 125 and 31.2, 72
+    (8, 9): (2.57, 0.645),  # GeForce RTX 4090: 165 and 82.6, 128; L40S: 362 and 91.6, 142
     (9, 0): (7.49, 0.507),  # H100, H200: 989 and 67, 132
     (10, 0): (15.2, 0.541),  # B200: 2,250 and 80, 148
-    (12, 0): (1.23, 0.617),  # 5090: 210 and 105, 170
+    (12, 0): (2.47, 0.617),  # GeForce RTX 5090: 210 and 105, 170
 }
 # On an H200, at bge-reranker-large's shape in bf16, a micro-batch of 1,024 tokens took 100 ms. Of
 # these 6 ms are arithmetic at a third of the card's rate; in the other 94 ms the processor started
@@ -1325,6 +1326,8 @@ def card_rate(card, precision):
     not_newer = [capability for capability in MULTIPROCESSOR_RATES if capability <= own]
     capability = max(not_newer, default=min(MULTIPROCESSOR_RATES))
     half, single = MULTIPROCESSOR_RATES[capability]
+    if "GeForce" in card.name:
+        half /= 2
     rate = single if precision == "no" else half
     return CardRate(rate * 1e12 * card.multi_processor_count, capability)
 

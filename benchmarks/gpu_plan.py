@@ -47,8 +47,8 @@ class Card(NamedTuple):
 CARDS = [
     Card("H200", 9, 0, 132, 139.8),
     Card("A100", 8, 0, 108, 79.2),
-    Card("4090", 8, 9, 128, 23.6),
-    Card("3090", 8, 6, 82, 23.7),
+    Card("GeForce 4090", 8, 9, 128, 23.6),
+    Card("GeForce 3090", 8, 6, 82, 23.7),
     Card("T4", 7, 5, 40, 14.6),
 ]
 SHAPES = {
@@ -222,7 +222,7 @@ ALTERNATIVES = {  # share of the cost, the most tokens by the cost
 
 
 def show_alternatives(benches):
-    """Print what other costs and bounds than the script's would come to."""
+    """Print what other costs and bounds than the script's would come to, on Cranfield."""
     print(f"\n| | {' | '.join(ALTERNATIVES)} |")
     print("| --- " * (1 + len(ALTERNATIVES)) + "|")
     for title, bench in benches:
@@ -258,7 +258,8 @@ def main():
                     title = f"{card.name}, {shape}, {name}"
                     bench = Bench(card, shape, windows[name])
                     show_row(bench, title)
-                    benches.append((f"{title}, {samples}", bench))
+                    if name == "Cranfield":
+                        benches.append((f"{card.name}, {shape}, {samples} samples", bench))
     show_alternatives(benches)
 
 

@@ -346,8 +346,9 @@ def test_the_largest_number_that_fits_is_found_but_for_a_quarter(most):
 # ---- What one more micro-batch costs ---------------------------------------------------------------------------------
 CARDS = {  # compute capability, multiprocessors; TFLOP/s in 16 and in 32 bits, as NVIDIA has them
     "V100": (7, 0, 80, 125, 15.7), "T4": (7, 5, 40, 65, 8.1), "A100": (8, 0, 108, 312, 19.5),
-    "RTX 3090": (8, 6, 82, 71, 35.6), "RTX 4090": (8, 9, 128, 165, 82.6), "H200": (9, 0, 132, 989, 67),
-    "B200": (10, 0, 148, 2250, 80), "RTX 5090": (12, 0, 170, 210, 105),
+    "NVIDIA GeForce RTX 3090": (8, 6, 82, 71, 35.6), "NVIDIA A10": (8, 6, 72, 125, 31.2), "H200": (9, 0, 132, 989, 67),
+    "NVIDIA GeForce RTX 4090": (8, 9, 128, 165, 82.6), "NVIDIA L40S": (8, 9, 142, 362, 91.6),
+    "B200": (10, 0, 148, 2250, 80), "NVIDIA GeForce RTX 5090": (12, 0, 170, 210, 105),
 }  # fmt: skip
 
 
@@ -458,7 +459,7 @@ def test_speed_is_logged_step_by_step_and_kept_in_run_json(settings, tmp_path, m
     steps = [event.step for event in log.Scalars("time/tokens_per_second")]
     assert steps == list(range(1, 9)) and min(speeds) <= run["tokens_per_second"] <= max(speeds)
     assert "model_flops_utilisation" not in run, "no card, no rate"
-    assert re.search(r", [\d.]+ pairs/s, [\d,]+ tokens/s", shown[-1])
+    assert re.search(r", [\d.]+ pairs/s, ", shown[-1]) and f", {run['tokens_per_second']:,.0f} tokens/s" in shown[-1]
 
     encoded = BertRerankerModel.from_pretrained(TINY).encode([row[:2] for row in rows_of_settings(settings)], 128)
     tokens = 2 * sum(len(ids) for ids, *_ in encoded)
