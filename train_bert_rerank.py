@@ -1321,7 +1321,7 @@ class CardRate(NamedTuple):
 def card_rate(card, precision):
     """The CardRate of a `card`, what torch.cuda.get_device_properties() tells of it, in
     "bf16", "fp16" or "no" (fp32). One of unknown compute capability has the rates of the nearest
-    below. Nothing is timed, and no current clock is read: two runs must agree."""
+    older one. Nothing is timed, and no current clock is read: two runs must agree."""
     own = (card.major, card.minor)
     not_newer = [capability for capability in MULTIPROCESSOR_RATES if capability <= own]
     capability = max(not_newer, default=min(MULTIPROCESSOR_RATES))
@@ -1335,24 +1335,32 @@ def card_rate(card, precision):
 def operations(model, tokens, squared_lengths):
     """Floating-point operations to train transformers' `model` on pairs of so many tokens, and so
     large a sum of their squared lengths: two for a weight and a token forward and four backward,
-    embeddings aside, and attention (Chowdhery et al. 2022, PaLM, appendix B)."""
+    embeddings aside, and attention (Chowdhery et al. 2022, PaLM, appendix B). The last layer counts
+    in full, though first_token_only() lets it compute less."""
     weights = sum(weight.numel() for weight in model.parameters())
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             weights -= module.weight.numel()
-    of_attention = 12 * model.config.num_hidden_layers * model.config.hidden_size
+    config = model.config.get_text_config()
+    of_attention = 12 * config.num_hidden_layers * config.hidden_size
     return 6 * weights * tokens + of_attention * squared_lengths
+
+
+def has_known_rate(device):
+    """Whether card_rate() can tell of a `device`: ROCm's, which are called cuda too, number their
+    capabilities otherwise."""
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def micro_batch_cost(model, device, precision):
     """What one more micro-batch of transformers' `model` costs, in padded tokens: as many as a GPU
     computes while the processor starts the kernels of one."""
     if device.type == "cpu":
-        return 16  # measured, at 6 layers of 384: benchmarks/README.md
-    if device.type != "cuda":
+        return 16  # measured at 6 layers of 384
+    if not has_known_rate(device):
         return 256  # a guess
     rate = SHARE_OF_RATE * card_rate(torch.cuda.get_device_properties(device), precision).flops
-    seconds = SECONDS_TO_START_A_LAYER * model.config.num_hidden_layers
+    seconds = SECONDS_TO_START_A_LAYER * model.config.get_text_config().num_hidden_layers
     return round(seconds * rate / operations(model, tokens=1, squared_lengths=0))
 
 
@@ -3037,26 +3045,27 @@ def choose_bound(run):
     settings ask for another."""
     args, record, progress = run.args, run.record, run.progress
     device = run.accelerator.device
-    record["micro_batch_cost"] = micro_batch_cost(run.model.model, device, record["precision"])
-    if device.type == "cuda":
+    cost = micro_batch_cost(run.model.model, device, record["precision"])
+    record["micro_batch_cost"] = min(gather_object([cost]))  # all plan alike, on unlike cards too
+    if has_known_rate(device):
         mention_unknown_card(torch.cuda.get_device_properties(device), record["precision"])
 
     is_auto = args["micro_batch_tokens"] == "auto"
     needs = ""
     if run.checkpoint and (is_auto or has_same_bound(run.checkpoint.args, args)):
         record["micro_batch_tokens"] = run.checkpoint.record["micro_batch_tokens"]
-        return f"micro-batches of up to {progress.max_tokens:,} tokens"
+        return f"micro-batches of up to {progress.max_tokens:,} tokens, as the checkpoint has them"
     if not is_auto:
         bound = args["micro_batch_tokens"] or args["batch_size"] * args["max_len"]
-    elif not args["epochs"]:
-        bound = 32 * args["max_len"]  # as many pairs as in predict()
-    elif device.type == "cuda":
-        bound, needed, memory = largest_micro_batch(run)
-        needs = f"; needs {needed / 1e9:.1f} of {memory / 1e9:.1f} GB"
     elif device.type == "cpu":
         bound = CPU_TOKENS
-    else:
+    elif device.type != "cuda":
         bound = ENOUGH_TOKENS
+    elif args["epochs"]:
+        bound, needed, memory = largest_micro_batch(run)
+        needs = f"; needs {needed / 1e9:.1f} of {memory / 1e9:.1f} GB"
+    else:
+        bound = 32 * args["max_len"]  # as many pairs as in predict()
     record["micro_batch_tokens"] = bound
     progress.max_tokens = bound
     return f"micro-batches of up to {bound:,} tokens{needs}"
@@ -3076,15 +3085,15 @@ def mention_unknown_card(card, precision):
     if capability != (card.major, card.minor):
         say(
             f"{card.name}: the rates of compute capability {card.major}.{card.minor} are not "
-            f"known, those of {capability[0]}.{capability[1]} are taken."
+            f"known, those of {capability[0]}.{capability[1]} are taken to cut micro-batches."
         )
 
 
 def largest_micro_batch(run):
     """What micro_batch_tokens "auto" stands for on a GPU, the bytes that a run needs with it, and
     those of the GPU: as many times the longest row as MEMORY_SHARE of all its memory holds beside
-    the optimizer's state, found by real passes. It is the same whatever others hold there; where
-    these leave too little it is a UserError."""
+    the optimizer's state, found by real passes. What others hold there does not count; where they
+    leave too little it is a UserError."""
     accelerator = run.accelerator
     free, memory = torch.cuda.mem_get_info()
     free += torch.cuda.memory_reserved()  # by this process
@@ -3097,18 +3106,22 @@ def largest_micro_batch(run):
         raise UserError(
             f"the GPU has no room for the optimizer: {optimizer_state / 1e9:.1f} GB are needed "
             f"beside weights and gradients, and {free / 1e9:.1f} of {memory / 1e9:.1f} GB are "
-            "free: end what else runs there, take a smaller model, or try "
+            "there for all of them: end what else runs there, take a smaller model, or try "
             "--freeze_embeddings true"
         )
 
     longest = int(run.train_data.lengths.max())
-    samples = math.ceil(run.samples_per_step / accelerator.num_processes)
+    samples = min(run.samples_per_step, len(run.train_data))
+    samples = math.ceil(samples / accelerator.num_processes)
     most = most_rows(samples, longest, run.record["micro_batch_cost"])
     needed = {}  # bytes, by the rows of a micro-batch
 
     def fits(rows):
+        if extrapolated(needed, rows) > limit:
+            return False
         needed[rows] = memory_of(run, rows)
-        if needed[rows] == math.inf and free < limit:
+        # Windows lets a program go on in the host's memory, slowly.
+        if free < limit and needed[rows] > free:
             raise UserError(crowded(needed, longest, free, memory))
         return needed[rows] <= limit
 
@@ -3133,17 +3146,33 @@ def most_rows(samples, longest, batch_cost):
 def largest(most, fits):
     """The largest number from 0 to `most` that `fits`, or up to a quarter less: doubled until one
     does not, and then halfway between."""
-    low, high = 0, most + 1
+    low = 0
+    while low < most:
+        number = min(max(1, 2 * low), most)
+        if not fits(number):
+            break
+        low = number
+    else:
+        return most
+
+    high = number
     while high - low > max(1, low // 4):
-        if high > most:
-            number = min(max(1, 2 * low), most)
-        else:
-            number = (low + high) // 2
+        number = (low + high) // 2
         if fits(number):
             low = number
         else:
             high = number
     return low
+
+
+def extrapolated(needed, rows):
+    """What a micro-batch of so many `rows` will need, by a straight line through the two largest of
+    which it is known, {rows: bytes}; 0 where there are no two."""
+    known = sorted(size for size in needed.items() if size[1] < math.inf)
+    if len(known) < 2:
+        return 0
+    (fewer, less), (more, most) = known[-2:]
+    return most + (most - less) / (more - fewer) * (rows - more)
 
 
 def memory_of(run, rows):
@@ -3152,7 +3181,7 @@ def memory_of(run, rows):
     micro_batch = np.full(rows, run.train_data.lengths.argmax())
     torch.cuda.reset_peak_memory_stats()
     run.model.train()
-    # The second has its backward beside a gradient that is there already; the third has none.
+    # The backward of the second finds a gradient there; that of the last is left out.
     passes = partial(forward_backward, run, [micro_batch] * 3, 3 * rows)
     result, is_done = unless_out_of_memory(passes)
     del result  # and with it the activations
@@ -3174,16 +3203,13 @@ def crowded(needed, longest, free, memory):
     """What a user is told where other programs hold memory that a run would use; `needed` bytes
     by the rows of a micro-batch, each `longest` tokens."""
     rows = max((rows for rows, size in needed.items() if size <= free), default=None)
-    advice = "end what else runs there"
+    advice = "--freeze_embeddings true or --gradient_checkpointing true, which need less"
     if rows:
-        advice += (
-            f", or take --micro_batch_tokens {rows * longest}, which needs "
-            f"{needed[rows] / 1e9:.1f} GB"
-        )
+        advice = f"--micro_batch_tokens {rows * longest}, which needs {needed[rows] / 1e9:.1f} GB"
     return (
         f"other programs hold memory of the GPU: this run would use up to "
         f"{MEMORY_SHARE * memory / 1e9:.1f} of {memory / 1e9:.1f} GB, and {free / 1e9:.1f} are "
-        f"free: {advice}"
+        f"free for it: end what else runs there, or take {advice}"
     )
 
 
@@ -4454,7 +4480,7 @@ def speed_of(run):
         return {}
     speed = {"tokens_per_second": throughput.tokens / throughput.seconds}
     device = run.accelerator.device
-    if device.type == "cuda":
+    if has_known_rate(device):
         card = torch.cuda.get_device_properties(device)
         rate = card_rate(card, run.record["precision"]).flops * run.accelerator.num_processes
         counted = operations(run.model.model, throughput.tokens, throughput.squared_lengths)
