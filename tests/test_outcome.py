@@ -272,7 +272,8 @@ def test_a_head_without_a_bias_and_logits_that_are_not_finite_are_left_as_they_a
         """The names of what fit_bias() shifts; it needs this of a Run."""
         run = SimpleNamespace(
             accelerator=train_bert_rerank.Accelerator(cpu=True), model=model, train_data=dataset,
-            record={"micro_batch_tokens": 640}, stop=train_bert_rerank.StopRequest(), unshifted_bias={},
+            record={"micro_batch_tokens": 640, "micro_batch_cost": 16}, stop=train_bert_rerank.StopRequest(),
+            unshifted_bias={},
         )  # fmt: skip
         train_bert_rerank.fit_bias(run)
         return list(run.unshifted_bias)
