@@ -18,7 +18,12 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import scalars_of, update_errors, without_dropout  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+)
 
 import train_bert_rerank
 from train_bert_rerank import BertRerankerModel, RerankDataset, UserError, check_settings, first_token_only
@@ -414,9 +419,9 @@ def card(name="Card", major=9, minor=0, multi_processor_count=132):
 def large_shape(layers):
     """A model of bge-reranker-large's shape but for the number of layers, without memory."""
     shape = {"vocab_size": 250_002, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
-    config = AutoConfig.for_model("xlm-roberta", num_hidden_layers=layers, num_labels=1, **shape)
+    config = XLMRobertaConfig(**shape, num_hidden_layers=layers, num_labels=1)
     with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(config)
+        return XLMRobertaForSequenceClassification(config)
 
 
 @pytest.fixture
@@ -496,9 +501,12 @@ def test_on_a_gpu_one_line_tells_the_bound_and_what_it_needs_and_the_record_has_
 
 @pytest.mark.parametrize("length", [50, 500])
 def test_operations_are_those_that_pytorch_counts(length):
-    model = large_shape(layers=6)
+    shape = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024, "num_hidden_layers": 6}
+    config = XLMRobertaConfig(**shape, vocab_size=300, max_position_embeddings=514, num_labels=1)
+    config._attn_implementation = "eager"  # of which all products are counted
+    model = XLMRobertaForSequenceClassification(config)
     with FlopCounterMode(display=False) as counter:
-        model(input_ids=torch.ones(4, length, dtype=torch.long, device="meta")).logits.sum().backward()
+        model(input_ids=torch.full((4, length), 5)).logits.sum().backward()
     counted = train_bert_rerank.operations(model, tokens=4 * length, squared_lengths=4 * length**2)
     # The head, which reads one token, is counted for all of them.
     assert counter.get_total_flops() == pytest.approx(counted, rel=0.03)
