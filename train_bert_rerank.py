@@ -1705,6 +1705,7 @@ class BertRerankerModel(torch.nn.Module):
         self.tokenizer = tokenizer
         self.new_weights = new_weights
         self.has_other_head = False
+        self.scoring_costs = {}  # of one more micro-batch, by device and precision
 
     @classmethod
     @fp32_by_default()
@@ -1879,12 +1880,19 @@ class BertRerankerModel(torch.nn.Module):
             batch = self.collate([encoded[index] for index in indices])
             yield self(batch)["logits"].squeeze(-1)
 
+    def scoring_cost(self):
+        """What one more micro-batch costs where the model scores as it is. Its weights are counted
+        once, not for each query."""
+        precision = "no" if self.model.dtype.itemsize > 2 else "bf16"
+        key = (self.model.device, precision)
+        if key not in self.scoring_costs:
+            self.scoring_costs[key] = micro_batch_cost(self.model, *key)
+        return self.scoring_costs[key]
+
     def score(self, encoded, max_tokens, show_progress_bar=None):
         """Logits [N] in fp32 of N encoded pairs, in micro-batches of at most `max_tokens` padded
         tokens."""
-        precision = "no" if self.model.dtype.itemsize > 2 else "bf16"
-        batch_cost = micro_batch_cost(self.model, self.model.device, precision)
-        micro_batches = self.scoring_batches(encoded, max_tokens, batch_cost)
+        micro_batches = self.scoring_batches(encoded, max_tokens, self.scoring_cost())
         parts = list(self.score_batches(encoded, micro_batches, show_progress_bar))
         return in_order_of_rows(len(encoded), micro_batches, parts, self.model.device)
 
@@ -3168,11 +3176,12 @@ def largest(most, fits):
 def extrapolated(needed, rows):
     """What a micro-batch of so many `rows` will need, by a straight line through the two largest of
     which it is known, {rows: bytes}; 0 where there are no two."""
-    known = sorted(size for size in needed.items() if size[1] < math.inf)
+    known = sorted(count for count, size in needed.items() if size < math.inf)
     if len(known) < 2:
         return 0
-    (fewer, less), (more, most) = known[-2:]
-    return most + (most - less) / (more - fewer) * (rows - more)
+    fewer, more = known[-2:]
+    of_a_row = (needed[more] - needed[fewer]) / (more - fewer)
+    return needed[more] + of_a_row * (rows - more)
 
 
 def memory_of(run, rows):

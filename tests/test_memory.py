@@ -275,6 +275,8 @@ def test_on_a_gpu_auto_is_what_nine_tenths_of_all_its_memory_hold(monkeypatch, m
     card = Card(monkeypatch, memory)
     assert train_bert_rerank.largest_micro_batch(run) == (found, 1000 * found, memory)
     assert all(length == 100 for _, length in card.passes), "the longest row"
+    # A backward beside a gradient, and one more forward: the first backward makes that gradient.
+    assert all(card.passes.count(shape) == 3 for shape in card.passes)
     assert max(count for count, _ in card.passes) <= samples
     assert all(weight.grad is None for weight in run.model.parameters())
 
@@ -458,6 +460,15 @@ def test_one_more_micro_batch_costs_what_a_card_computes_while_the_processor_sta
 @pytest.mark.parametrize("kind, cost", [("cpu", 16), ("mps", 256), ("xpu", 256), ("npu", 256)])
 def test_one_more_micro_batch_has_a_cost_on_other_devices(kind, cost):
     assert train_bert_rerank.micro_batch_cost(None, SimpleNamespace(type=kind), "no") == cost
+
+
+def test_the_weights_are_counted_once_for_all_queries_and_again_in_another_precision(monkeypatch):
+    model, asked = BertRerankerModel.from_pretrained(TINY), []
+    monkeypatch.setattr(train_bert_rerank, "micro_batch_cost", lambda *what: asked.append(what[1:]) or 16)
+    for _ in range(3):
+        model.rank("怎么退款", ["联系客服", "擦净触点"])
+    model.bfloat16().predict([("怎么退款", "联系客服")])
+    assert asked == [(torch.device("cpu"), "no"), (torch.device("cpu"), "bf16")]
 
 
 def test_windows_are_cut_at_the_cost_of_one_more_micro_batch_which_run_json_has(settings, monkeypatch, tmp_path):

@@ -666,7 +666,7 @@ def test_with_auto_a_checkpoint_goes_on_with_the_bound_that_it_has(settings, tmp
     capsys.readouterr()
     changed = {"micro_batch_tokens": "auto", "batch_size": 1, "gradient_accumulation_steps": 8}
     assert train_bert_rerank.train({**settings, **changed, **RESUME})["micro_batch_tokens"] == tokens
-    assert f"micro-batches of up to {tokens} tokens" in capsys.readouterr().out
+    assert f"micro-batches of up to {tokens} tokens, as the checkpoint has them" in capsys.readouterr().out
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
