@@ -14,6 +14,7 @@ in the order in which a run meets it."""
 #   Tokenised data    rows to token ids, in a file
 #   Windows           the samples of an optimizer step, cut into micro-batches
 #   Metrics           of a ranking, with ties
+#   The retriever     its own order, and mixtures with the model's scores
 #   The run           what is in memory while a run lasts
 #   Preparation       all that comes before the first evaluation
 #   Evaluation        scores, and what they say
@@ -239,11 +240,12 @@ def read_settings():
 
 
 def fits(value, kind):
-    """Whether `value` is of a kind as main() writes them: str, list, bool, None, "fp16", int 1..,
-    float 0..1."""
+    """Whether `value` is of a kind as main() writes them: str, list, bool, None, "fp16", "ndcg@k"
+    with a number for k, int 1.., float 0..1."""
     name, _, bounds = kind.partition(" ")
     if name.startswith('"'):
-        return value == name.strip('"')
+        pattern = name.strip('"').replace("@k", "@[1-9][0-9]{0,5}")
+        return isinstance(value, str) and re.fullmatch(pattern, value) is not None
     if name in ("int", "float"):
         return is_number_within(value, name, bounds)
     if name == "list":  # of paths, at least one
@@ -871,11 +873,14 @@ ADVICE = (
 )
 LONGEST_LINE = 16 << 20  # bytes; the tokenizer takes 60 times as much memory and more
 # A row without its texts: number of its file and in its file, line, fingerprints of query and pair,
-# label as it stands there.
+# label as it stands there; where it is evaluated on, the retriever's score, and how many documents
+# are relevant to its query in all.
 ROW = np.dtype([
     ("file", "i4"), ("number", "i8"), ("line", "i8"),
     ("query", "u8"), ("pair", "u8"), ("label", "f8"),
+    ("score", "f8"), ("relevant", "i8"),
 ])  # fmt: skip
+NOT_THERE = (math.nan, -1)  # score and number of relevant documents of a row that has neither
 # While data are loaded: and what tells the ways apart in which one query is written.
 LOADED_ROW = np.dtype([*ROW.descr, ("spelling", "u4")])
 # What shows nothing of its own: control characters that are no white space, soft hyphens, joiners
@@ -913,7 +918,11 @@ def parse_line(line, min_label, max_label):
     The shapes: {"query", "content", "label"} and {"query", "hits": [{"content", "label"}, …]},
     RAG-Retrieval's two, and {"query", "pos": […], "neg": […]}, FlagEmbedding's, where "pos_scores"
     and "neg_scores", if there, are the labels."""
-    sample = decode_line(line)
+    return rows_of_sample(decode_line(line), min_label, max_label)
+
+
+def rows_of_sample(sample, min_label, max_label):
+    """What parse_line() returns, of the JSON object of a line."""
     shapes = [keys for keys in (ONE_ROW, TEXT_LISTS, HITS) if not sample.keys().isdisjoint(keys)]
     if len(shapes) > 1:
         raise ValueError(
@@ -938,6 +947,34 @@ def parse_line(line, min_label, max_label):
     [keys] = shapes
     shape = ", ".join(["query", *(key for key in keys if key in sample)])
     return shape, [(query, content, label) for content, label in judged]
+
+
+def parse_candidates(line, min_label, max_label):
+    """As parse_line(), of a line that is evaluated on: its rows are (query, content, label, score,
+    relevant), with the retriever's score of the pair, and the number of documents that are relevant
+    to the query, found or not, which a list of hits may tell; NOT_THERE without."""
+    sample = decode_line(line)
+    shape, rows = rows_of_sample(sample, min_label, max_label)
+    scores, relevant = [None] * len(rows), None
+    if "hits" in sample:
+        scores = [hit.get("score") for hit in sample["hits"]]
+        relevant = sample.get("relevant")
+    elif "content" in sample:
+        scores = [sample.get("score")]
+
+    no_score, no_number = NOT_THERE
+    if relevant is None:
+        relevant = no_number
+    else:
+        check_relevant(relevant)
+    candidates = []
+    for row, score in zip(rows, scores, strict=True):
+        if score is None:
+            score = no_score
+        else:
+            check_score(score)
+        candidates.append((*row, score, relevant))
+    return shape, candidates
 
 
 def decode_line(line):
@@ -1038,6 +1075,25 @@ def check_label(label, min_label, max_label):
         )
 
 
+def check_score(score):
+    """ValueError unless `score`, the retriever's, is a finite number."""
+    if isinstance(score, str):
+        raise ValueError(f"score is {json.dumps(score)[:40]}: drop the quotes")
+    if type(score) not in (int, float):
+        raise ValueError(f"score is {json.dumps(score)[:40]}: it should be a number")
+    if not abs(score) <= sys.float_info.max:  # true for NaN as well
+        raise ValueError(f"score is {str(score)[:40]}: it should be a finite number")
+
+
+def check_relevant(relevant):
+    """ValueError unless `relevant` is a number of documents."""
+    if type(relevant) is not int or not 0 <= relevant < 1 << 63:
+        raise ValueError(
+            f"relevant is {json.dumps(relevant)[:40]}: it should be the number of documents that "
+            "are relevant to the query, found or not"
+        )
+
+
 class BadLines:
     """The lines of a file that are wrong: how many, and the first ten with what is wrong."""
 
@@ -1051,13 +1107,13 @@ class BadLines:
         if self.count <= 10:
             self.first.append(f"  line {number}: {error}")
 
-    def message(self, path):
+    def message(self, path, advice=ADVICE):
         """What a user is told of the file `path`."""
         plural = "" if self.count == 1 else "s"
         lines = [f"{path}: {self.count} bad line{plural}", *self.first]
         if self.count > 10:
             lines.append(f"  … and {self.count - 10} more")
-        return "\n".join([*lines, ADVICE])
+        return "\n".join([*lines, advice])
 
 
 def advice_on_conversion(path):
@@ -1071,7 +1127,7 @@ def advice_on_conversion(path):
 
 def read_rows(path, min_label, max_label, digest=None, parse=parse_line):
     """Yield (query, content, label, line number) of each row of a JSONL file, plain or gzip, as
-    `parse` has them.
+    `parse` has them: with parse_candidates() there are score and relevant before the number.
 
     UserError after the last line: the first ten bad ones. With `digest` a bar is shown, and all
     bytes go into the digest."""
@@ -1149,16 +1205,18 @@ def fingerprints(query, content):
     return int.from_bytes(of_query, "little"), int.from_bytes(of_pair, "little")
 
 
-def load_file(path, file, args):
+def load_file(path, file, args, parse=parse_line):
     """The rows of a JSONL file as LOADED_ROW [N] with file number `file`, without their texts, and
-    its SHA-256."""
+    its SHA-256. `parse` is parse_line or parse_candidates."""
     digest = hashlib.sha256()
 
     def records():
-        rows = read_rows(path, args["min_label"], args["max_label"], digest)
-        for number, (query, content, label, line) in enumerate(rows):
+        rows = read_rows(path, args["min_label"], args["max_label"], digest, parse)
+        for number, (query, content, label, *retrieved, line) in enumerate(rows):
             spelling = zlib.crc32(query.encode())
-            yield file, number, line, *fingerprints(query, content), label, spelling
+            score, relevant = retrieved or NOT_THERE
+            prints = fingerprints(query, content)
+            yield file, number, line, *prints, label, score, relevant, spelling
 
     rows = np.fromiter(records(), dtype=LOADED_ROW)
     if not len(rows):
@@ -1192,7 +1250,10 @@ def load_data(args):
 
     rows_of_files, sha256 = [], []
     for file, path in enumerate(paths):
-        rows, digest = load_file(path, file, args)
+        # The retriever's scores count where a file is evaluated on.
+        is_evaluated = path == eval_path if is_eval_file else eval_path is not None
+        parse = parse_candidates if is_evaluated else parse_line
+        rows, digest = load_file(path, file, args, parse)
         rows_of_files.append(rows)
         sha256.append(digest)
     rows = np.concatenate(rows_of_files)
@@ -1207,6 +1268,9 @@ def load_data(args):
     else:
         is_eval = np.zeros(len(rows), dtype=bool)
 
+    # Held out are queries whole, so that it makes no difference which these are.
+    evaluated = rows if eval_path == "auto" else rows[is_eval]
+    require_whole_lists(evaluated, paths, (args["min_label"] + args["max_label"]) / 2)
     if is_eval.any():
         queries = len(np.unique(rows["query"][is_eval]))
         say(f"Evaluating on {queries} queries ({is_eval.sum()} rows) {source}.")
@@ -1236,6 +1300,41 @@ def warn_of_spellings(rows, paths):
         f"({count + len(variants)} in all), which differ in white space, invisible characters or "
         f"Unicode form alone ({' and '.join(places)}, for one): each counts as one query."
     )
+
+
+def require_whole_lists(rows, paths, middle):
+    """UserError, with the lines, where a query has the retriever's scores of some of its rows only,
+    or more than one number of relevant documents, or one that its rows with labels from `middle` on
+    exceed."""
+    _, query_of_row = np.unique(rows["query"], return_inverse=True)
+    count = np.bincount(query_of_row)
+    is_scored = ~np.isnan(rows["score"])
+    scored = np.bincount(query_of_row, is_scored)
+    is_part = (scored > 0) & (scored < count)
+
+    relevant = rows["relevant"]
+    most = np.full(len(count), -1)
+    np.maximum.at(most, query_of_row, relevant)
+    found = np.bincount(query_of_row, rows["label"] >= middle)
+    is_exceeded = (most >= 0) & (found > most)
+
+    lacks_score = is_part[query_of_row] & ~is_scored
+    problems = [
+        (lacks_score, "score is missing, and other rows of its query have one"),
+        (relevant != most[query_of_row], "relevant is not what another line of its query says"),
+        (is_exceeded[query_of_row], "relevant is less than the relevant rows of its query"),
+    ]
+    for file, path in enumerate(paths):
+        bad_lines = BadLines()
+        for is_bad, problem in problems:
+            for line in np.unique(rows["line"][is_bad & (rows["file"] == file)]):
+                bad_lines.add(line, problem)
+        if bad_lines.count:
+            advice = (
+                "Give all rows of a query the retriever's score, or none, and a query one "
+                '"relevant", the number of its relevant documents, found or not, or none.'
+            )
+            raise UserError(bad_lines.message(path, advice))
 
 
 def eval_file_beside(train_dataset):
@@ -1774,6 +1873,11 @@ class BertRerankerModel(torch.nn.Module):
         return [getattr(config, key, "{}") for key in ("query_format", "document_format")]
 
     @property
+    def retriever_weight(self) -> float:
+        """Share of the retriever's score where rank() mixes it in, as the config holds it."""
+        return getattr(self.model.config, "retriever_weight", 0.0)
+
+    @property
     def plain_tokenizer(self):
         """The tokenizers.Tokenizer underneath, which neither cuts nor pads. Several threads may use
         it: it is changed only where it would cut or pad, before any of them encodes."""
@@ -1910,19 +2014,24 @@ class BertRerankerModel(torch.nn.Module):
 
         `activation_fn` None is the sigmoid; pairs of over `self.max_len` tokens lose the end of
         their document. TypeError or ValueError for what are no pairs of texts."""
-        check_whole_number("batch_size", batch_size)
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: it should be 1 or more")
         is_single = is_one_pair(inputs)
         pairs = checked_pairs("inputs", [inputs] if is_single else inputs)
-        encoded = list(self.encode(pairs, self.max_len))
-        logits = self.score(encoded, batch_size * self.max_len, show_progress_bar)
+        logits = self.logits_of(pairs, batch_size, show_progress_bar)
 
         activation = activation_fn or torch.sigmoid
         scores = activation(logits)
         if not convert_to_tensor:
             scores = scores.cpu().numpy() if convert_to_numpy else list(scores)
         return scores[0] if is_single else scores
+
+    def logits_of(self, pairs, batch_size, show_progress_bar):
+        """Logits [N] in fp32 of N (query, document) pairs of texts, `batch_size` of the longest at
+        once."""
+        check_whole_number("batch_size", batch_size)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it should be 1 or more")
+        encoded = list(self.encode(pairs, self.max_len))
+        return self.score(encoded, batch_size * self.max_len, show_progress_bar)
 
     def rank(
         self,
@@ -1933,17 +2042,26 @@ class BertRerankerModel(torch.nn.Module):
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
         activation_fn: Callable | None = None,
+        retriever_scores: Sequence[float] | None = None,
     ) -> list[dict]:
-        """Documents, best first, as [{"corpus_id", "score"[, "text"]}]: as in CrossEncoder.rank.
-        TypeError or ValueError for what are no texts."""
+        """Documents, best first, as [{"corpus_id", "score"[, "text"][, "mixed_score"]}]: as in
+        CrossEncoder.rank. TypeError or ValueError for what are no texts.
+
+        With `retriever_scores`, one of each document, any scale, higher is better, the order is
+        that of mixed_score: mixture() with the config's retriever_weight. score stays the model's
+        own."""
         if top_k is not None:
             check_whole_number("top_k", top_k)
         check_scorable("query", query)
         documents = in_a_list("documents", documents, "texts")
         for index, document in enumerate(documents):
             check_scorable(f"documents[{index}]", document)
+        if retriever_scores is not None:
+            retriever_scores = checked_scores(retriever_scores, len(documents))
         pairs = [(query, document) for document in documents]
-        scores = self.predict(pairs, batch_size, show_progress_bar, activation_fn)
+        logits = self.logits_of(pairs, batch_size, show_progress_bar)
+        activation = activation_fn or torch.sigmoid
+        scores = activation(logits)
 
         hits = []
         for index, score in enumerate(scores.tolist()):
@@ -1952,7 +2070,53 @@ class BertRerankerModel(torch.nn.Module):
                 hit["text"] = documents[index]
             hits.append(hit)
         hits.sort(key=lambda hit: hit["score"], reverse=True)
+        if hits and retriever_scores is not None:
+            logits = logits.cpu().double().numpy()
+            mixed = mixture(logits, retriever_scores, self.retriever_weight)
+            for hit in hits:
+                hit["mixed_score"] = mixed[hit["corpus_id"]].item()
+            # Of equals in the model's order.
+            hits.sort(key=lambda hit: hit["mixed_score"], reverse=True)
         return hits[:top_k]
+
+
+def mixture(logits, retriever_scores, weight):
+    """(1 − weight) · model + weight · retriever: [N] of the model's logits and the retriever's
+    scores of a query's N candidates, each standardised within the list, since their scales have
+    nothing in common (a convex combination, as in Bruch, Gai and Ingber 2023).
+
+    Logits 2, 0, 1 have mean 1 and standard deviation 0.82: standardised +1.22, -1.22, 0. BM25 of
+    30, 20, 10: +1.22, 0, -1.22. Half of each: +1.22, -0.61, -0.61, so that the last two tie. A list
+    of one, or whose scores are all alike, has 0 for each: it orders nothing."""
+    model = standardised(logits, rounding_of(logits))
+    retriever = standardised(retriever_scores, 0.0)  # whose exact order counts
+    return (1 - weight) * model + weight * retriever
+
+
+def standardised(scores, rounding):
+    """`scores` [N] with mean 0 and standard deviation 1; all 0 where they differ by `rounding` at
+    most."""
+    largest = max(np.abs(scores).max(), sys.float_info.min)
+    scores = scores / largest  # whose squares neither overflow nor vanish
+    if np.ptp(scores) <= rounding / largest:
+        return np.zeros(len(scores))
+    return (scores - scores.mean()) / scores.std()
+
+
+def checked_scores(scores, count):
+    """The retriever's `scores` of `count` documents as float64 [count]; TypeError or ValueError for
+    what are not as many finite numbers."""
+    if isinstance(scores, torch.Tensor):
+        scores = scores.tolist()
+    scores = in_a_list("retriever_scores", scores, "numbers")
+    if len(scores) != count:
+        raise ValueError(f"retriever_scores has {len(scores)} values for {count} documents")
+    for index, score in enumerate(scores):
+        if not isinstance(score, (int, float, np.integer, np.floating)):
+            raise TypeError(f"retriever_scores[{index}] should be a number, not {shown(score)}")
+        if not abs(score) <= sys.float_info.max:  # true for NaN as well
+            raise ValueError(f"retriever_scores[{index}] is {score}: it should be a finite number")
+    return np.array(scores, dtype=np.float64)
 
 
 PAIR = "a pair (query, document) of two texts"
@@ -2081,6 +2245,7 @@ class RerankDataset:
         self.args = args
         scale = args["max_label"] - args["min_label"]
         self.labels = torch.from_numpy((rows["label"] - args["min_label"]) / scale).float()
+        self.retriever_weight = model.retriever_weight
 
         self.cache = self.cache_file(model)
         if not self.cache.exists():
@@ -2147,7 +2312,27 @@ class RerankDataset:
     @cached_property
     def lists(self):
         """The candidate lists by which each metric is measured, as candidate_lists() has them."""
-        return candidate_lists(self.rows["query"].tolist(), self.labels.numpy())
+        return self.lists_of(slice(None))
+
+    def lists_of(self, chosen):
+        """candidate_lists() of the rows `chosen`."""
+        queries = self.rows["query"][chosen].tolist()
+        labels = self.labels.numpy()[chosen]
+        return candidate_lists(queries, labels, self.args["metric_for_best_model"])
+
+    @cached_property
+    def retrieved(self):
+        """The rows that have the retriever's score; None where none has."""
+        rows = np.flatnonzero(~np.isnan(self.rows["score"]))
+        if not len(rows):
+            return None
+        return Retrieved(
+            rows=rows,
+            scores=self.rows["score"][rows],
+            labels=self.labels.numpy()[rows],
+            lists=self.lists_of(rows),
+            weight=self.retriever_weight,
+        )
 
     def __len__(self):
         return len(self.rows)
@@ -2266,8 +2451,10 @@ def tie_groups(scores):
     Scores that differ by rounding only are ties, and metrics give them what random order gives on
     average (McSherry and Najork 2008). Three documents tie for places 2 to 4, one of them relevant:
     it stands at each of these places as often, so that its expected discount is the mean of those
-    of places 2, 3 and 4, and its expected reciprocal rank (1/2 + 1/3 + 1/4) / 3."""
-    tolerance = 1e-6 * max(10.0, np.abs(scores).max())
+    of places 2, 3 and 4, and its expected reciprocal rank (1/2 + 1/3 + 1/4) / 3. Of whole numbers,
+    which are places in an order rather than scores, only equal ones are ties."""
+    is_order = np.issubdtype(scores.dtype, np.integer)
+    tolerance = 0.5 if is_order else rounding_of(scores)
     order = np.argsort(-scores)
     falling = scores[order]
     is_first = np.append(True, falling[:-1] - falling[1:] > tolerance)  # of its group
@@ -2285,19 +2472,57 @@ def tie_groups(scores):
     return group, np.bincount(group)
 
 
-def ndcg_at_k(labels, scores, k=10):
-    """NDCG@k of one query, linear gain as in trec_eval; labels [N] in [0, 1], not all 0."""
-    places = np.arange(1, len(labels) + 1)
-    discounts = (places <= k) / np.log2(places + 1)
-    group, sizes = tie_groups(scores)
-    mean_discounts = np.bincount(np.sort(group), discounts) / sizes  # of each group's places
-    gain = (labels * mean_discounts[group]).sum()
-    ideal = (np.sort(labels)[::-1] * discounts).sum()
+def rounding_of(scores):
+    """Up to which difference the scores of a model count as equal."""
+    return 1e-6 * max(10.0, np.abs(scores).max())
+
+
+def ndcg_at_k(labels, scores, k=10, not_found=0):
+    """NDCG@k of one query, linear gain as in trec_eval; labels [N] in [0, 1], not all 0. The ideal
+    order also has `not_found` documents with label 1, which are not among those that are ranked."""
+    gain = expected_gain(labels, scores, discounts(len(labels), k))
+    of_all = np.append(labels, np.ones(not_found, labels.dtype))
+    ideal = (np.sort(of_all)[::-1] * discounts(len(of_all), k)).sum()
     return gain / ideal
+
+
+def discounts(count, k):
+    """What a document counts at each of the places [N] of a ranking, by its place: 0 beyond k."""
+    places = np.arange(1, count + 1)
+    return (places <= k) / np.log2(places + 1)
+
+
+def expected_gain(gains, scores, weights):
+    """Sum of the gains [N] of one query's rows, each times the weight [N] of its place: of tied
+    rows the mean over the places that they share."""
+    group, sizes = tie_groups(scores)
+    mean_weights = np.bincount(np.sort(group), weights) / sizes
+    return (gains * mean_weights[group]).sum()
+
+
+def recall_at_k(labels, scores, k=10):
+    """Share of the rows with a label ≥ 0.5 of one query that stand among its first k."""
+    relevant = labels >= 0.5
+    is_first = np.arange(len(labels)) < k
+    return expected_gain(relevant, scores, is_first) / relevant.sum()
 
 
 def mrr_at_k(labels, scores, k=10):
     """Reciprocal rank of the first label ≥ 0.5 of one query, 0 beyond k."""
+    mean = 0
+    for place, probability in places_of_first(labels, scores, k):
+        mean += probability / place
+    return mean
+
+
+def hit_at_k(labels, scores, k=10):
+    """Whether a label ≥ 0.5 stands among the first k of one query: of ties the probability."""
+    return sum(probability for _, probability in places_of_first(labels, scores, k))
+
+
+def places_of_first(labels, scores, k):
+    """Yield the places up to k at which the first label ≥ 0.5 of one query may stand, each with its
+    probability."""
     group, sizes = tie_groups(scores)
     relevant = labels >= 0.5
     first_group = group[relevant].min()  # that holds a relevant row
@@ -2308,12 +2533,9 @@ def mrr_at_k(labels, scores, k=10):
     # In random order the first of `hits` relevant rows among `size` stands at `place` in comb(size
     # - place, hits - 1) of comb(size, hits) cases: the others stand behind it. Of 2 among 3: place
     # 1 in 2 cases of 3, place 2 in 1.
-    mean = 0
     last_place = min(size - hits + 1, k - above)
     for place in range(1, last_place + 1):
-        probability = math.comb(size - place, hits - 1) / math.comb(size, hits)
-        mean += probability / (above + place)
-    return mean
+        yield above + place, math.comb(size - place, hits - 1) / math.comb(size, hits)
 
 
 def average_precision(labels, scores):
@@ -2351,23 +2573,32 @@ def best_f1(labels, scores):
 
     # Half-way between the last score that counts as relevant and the first that does not.
     last_above = scores[group == best].min()
-    first_below = scores[group > best].max(initial=-np.inf)
+    first_below = scores[group > best].max() if best < group.max() else -np.inf
     return f1.max(), (last_above + first_below) / 2
 
 
-RANKING = {  # means over queries of a function of a query's labels and scores
-    "ndcg@10": ndcg_at_k,
-    "mrr@10": mrr_at_k,
-    "map": average_precision,
-    "hit@1": partial(mrr_at_k, k=1),
-}
-METRICS = (*RANKING, "average_precision", "best_f1")  # the last two are of all pairs together
+# Metrics of a ranking are means over queries of a function of a query's labels and scores. Those
+# that end in @k take any k.
+AT_K = {"ndcg": ndcg_at_k, "mrr": mrr_at_k, "hit": hit_at_k, "recall": recall_at_k}
+RANKING = ("ndcg@10", "ndcg@5", "mrr@10", "map", "hit@1", "hit@3", "recall@10")
+# What is always reported; the last two are of all pairs together.
+METRICS = (*RANKING, "average_precision", "best_f1")
 
 
-def candidate_lists(queries, labels):
+def ranking_metric(name):
+    """The function of labels [N] and scores [N] of one query that a metric's name, such as ndcg@5,
+    stands for; None where it stands for none."""
+    if name == "map":
+        return average_precision
+    kind, _, k = name.partition("@")
+    return partial(AT_K[kind], k=int(k)) if kind in AT_K else None
+
+
+def candidate_lists(queries, labels, wanted="auto"):
     """{metric: the candidate lists (row numbers [C] of a query) that say something of it}: those
     with different labels for NDCG, with relevant and irrelevant rows for the other metrics of a
-    ranking, all for average precision."""
+    ranking, all for average precision. The metrics are those that are reported: METRICS, and
+    `wanted` if it is another one of a ranking."""
     rows_of_query = {}
     for index, query in enumerate(queries):
         rows_of_query.setdefault(query, []).append(index)
@@ -2377,22 +2608,23 @@ def candidate_lists(queries, labels):
     relevant = labels >= 0.5
     binary = [rows for rows in lists if 0 < relevant[rows].sum() < len(rows)]
     has_both = 0 < relevant.sum() < len(labels)
-    return {
-        "all": lists,
-        "ndcg@10": graded,
-        "mrr@10": binary,
-        "map": binary,
-        "hit@1": binary,
-        "average_precision": lists if has_both else [],
-    }
+    names = list(RANKING)
+    if wanted not in names and ranking_metric(wanted):
+        names.append(wanted)
+
+    lists_of = {"all": lists}
+    for name in names:
+        lists_of[name] = graded if name.startswith("ndcg") else binary
+    lists_of["average_precision"] = lists if has_both else []
+    return lists_of
 
 
 def metric_values(metric, lists, labels, scores):
     """Values [V] whose mean is the metric, as differences and their interval are made of: of a
     metric of a ranking one of each list; of average precision over pairs, which is no mean,
     pseudo-values of a jackknife (Tukey 1958)."""
-    if metric in RANKING:
-        function = RANKING[metric]
+    function = ranking_metric(metric)
+    if function:
         return np.array([function(labels[rows], scores[rows]) for rows in lists])
     return jackknife_values(lists, labels, scores)
 
@@ -2416,19 +2648,28 @@ def jackknife_values(lists, labels, scores):
     return whole + (len(groups) - 1) * taken_away
 
 
-def measure(lists, labels, scores):
-    """All metrics, and the health of the probabilities: "spread", highest less lowest of a query,
-    on average; share "saturated", < 0.01 or > 0.99; means of "relevant" and "irrelevant" rows. None
-    where no rows say anything."""
-    metrics = {}
-    for metric in RANKING:
-        metrics[metric] = mean_or_none(metric_values(metric, lists[metric], labels, scores))
-    metrics["average_precision"] = None
-    metrics["best_f1"] = None
+def metrics_in(lists):
+    """The names of what is measured by candidate_lists(), in the order of a report."""
+    return [*(name for name in lists if name != "all"), "best_f1"]
+
+
+def metrics_of(lists, labels, scores):
+    """{metric: its value of scores [N]} by candidate_lists(); None where no rows say anything."""
+    metrics = dict.fromkeys(metrics_in(lists))
+    for metric in metrics:
+        if ranking_metric(metric):
+            values = metric_values(metric, lists[metric], labels, scores)
+            metrics[metric] = mean_or_none(values)
     if lists["average_precision"]:
         metrics["average_precision"] = float(average_precision(labels, scores))
         metrics["best_f1"] = float(best_f1(labels, scores)[0])
+    return metrics
 
+
+def measure(lists, labels, scores):
+    """All metrics of logits [N], and the health of the probabilities: "spread", highest less lowest
+    of a query, on average; share "saturated", < 0.01 or > 0.99; means of "relevant" and
+    "irrelevant" rows. None where no rows say anything."""
     probabilities = torch.from_numpy(scores).sigmoid().numpy()
     spreads = [np.ptp(probabilities[rows]) for rows in lists["all"] if len(rows) > 1]
     health = {
@@ -2437,12 +2678,82 @@ def measure(lists, labels, scores):
         "relevant": mean_or_none(probabilities[labels >= 0.5]),
         "irrelevant": mean_or_none(probabilities[labels < 0.5]),
     }
-    return metrics, health
+    return metrics_of(lists, labels, scores), health
 
 
 def mean_or_none(values):
     """The mean of numbers as a float; None of none."""
     return float(np.mean(values)) if np.size(values) else None
+
+
+# ---- The retriever -------------------------------------------------------------------------------
+SHARES = tuple(tenth / 10 for tenth in range(11))  # of the retriever in a mixture, that are tried
+
+
+@dataclass
+class Retrieved:
+    """M rows of the eval data with the retriever's score: a search before it is reranked."""
+
+    rows: np.ndarray  # [M], their numbers
+    scores: np.ndarray  # [M], the retriever's, higher is better
+    labels: np.ndarray  # [M]
+    lists: dict  # candidate_lists() of these rows
+    weight: float  # of the retriever, as the model's config has it; 0: one is to be chosen
+
+    @property
+    def shares(self):
+        """The shares [S] of the retriever that are measured."""
+        return (self.weight,) if self.weight else SHARES
+
+    @cached_property
+    def order(self):
+        """Whole numbers [M] in the order of the retriever's scores, whatever their scale: equal ones
+        alone are ties."""
+        _, order = np.unique(self.scores, return_inverse=True)
+        return order
+
+    def mixed(self, scores, share):
+        """The retriever's `share` mixed into logits of all rows [N]: [M]. 0 and 1 give exactly the
+        one and the other."""
+        logits = scores[self.rows]
+        if share == 0:
+            return logits
+        if share == 1:
+            return self.order
+        mixed = np.empty(len(logits))
+        for rows in self.lists["all"]:
+            mixed[rows] = mixture(logits[rows], self.scores[rows], share)
+        return mixed
+
+    def values_of(self, metric, scores):
+        """metric_values() [2 + S, V'] of logits of all rows [N]: of the model alone, of the
+        retriever alone, of their mixtures by share. Of average precision over pairs there are no
+        mixtures: what is standardised within a query cannot be compared with another's."""
+        orders = [self.mixed(scores, 0), self.mixed(scores, 1)]
+        if ranking_metric(metric):
+            orders += [self.mixed(scores, share) for share in self.shares]
+        values = []
+        for order in orders:
+            values.append(metric_values(metric, self.lists[metric], self.labels, order))
+        return np.array(values)
+
+    def metrics_with(self, scores, share):
+        """All metrics of the mixture of logits [N] and the retriever's `share`."""
+        metrics = metrics_of(self.lists, self.labels, self.mixed(scores, share))
+        if 0 < share < 1:
+            metrics.update(average_precision=None, best_f1=None)  # as values_of() says
+        return metrics
+
+
+def mention_retriever(dataset, metric):
+    """Say how many eval queries have the retriever's scores, and what its order is worth."""
+    retrieved = dataset.retrieved
+    if retrieved is None:
+        return
+    count = f"{len(retrieved.lists['all'])} of {len(dataset.lists['all'])} eval queries"
+    value = retrieved.metrics_with(np.zeros(len(dataset)), 1)[metric]
+    worth = "none of them can be ranked" if value is None else f"its order has {metric} {value:.4f}"
+    say(f"There are the retriever's scores for {count}: {worth}.")
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -2507,9 +2818,10 @@ class Candidate:
     epoch: int
     base_interpolation: float  # share of the base
     scores: torch.Tensor | None  # logits [N] of the eval rows, float64; None: no longer needed
-    # Of weights or scores that are not finite there are no values:
-    metrics: dict = field(default_factory=lambda: dict.fromkeys(METRICS))
+    # Of weights or scores that are not finite there are no values, and the metrics are None:
+    metrics: dict = field(default_factory=dict)
     values: torch.Tensor | None = None  # [V], those of metric_values()
+    with_retriever: torch.Tensor | None = None  # [2 + S, V'], those of Retrieved.values_of()
     quality: float = -math.inf  # their mean, rounded lest noise decides which candidate is best
     has_new_head: bool = False  # whether its head was drawn at random and never trained
     logged: dict = field(default_factory=dict)  # scalars, by name
@@ -2702,6 +3014,8 @@ def prepare(args, run_dir, checkpoint_folder):
         eval_data = RerankDataset(eval_rows, paths, "eval", model, args)
     record["language"] = language_of(query for query, _ in islice(train_data.pairs(), 500))
     metric = choose_metric(eval_data, args)
+    if metric:
+        mention_retriever(eval_data, metric)
     if args["freeze_embeddings"]:
         model.model.get_input_embeddings().requires_grad_(False)
     if args["epochs"]:
@@ -2758,6 +3072,8 @@ def load_base(args):
 
     model.tokenizer.model_max_length = max_len
     config = model.model.config
+    if args["epochs"]:
+        vars(config).pop("retriever_weight", None)  # it was that of other weights
     for key in ("query_format", "document_format"):
         if args[key] != "{}":
             config.update({key: args[key]})
@@ -2868,7 +3184,7 @@ def too_few_of(eval_data, metric):
     """{what: how many there are} of what the eval data have too few of for a verdict by `metric`,
     as ENOUGH names it."""
     counts = {"queries": len(eval_data.lists[metric])}
-    if metric not in RANKING:  # of all pairs together
+    if not ranking_metric(metric):  # of all pairs together
         relevant = int((eval_data.labels >= 0.5).sum())
         counts["relevant rows"] = relevant
         counts["irrelevant rows"] = len(eval_data.labels) - relevant
@@ -3252,7 +3568,8 @@ def evaluate(run, step=0, base_interpolation=0.0):
     if logits is None:
         return None
     scores = logits.cpu().double()
-    candidate = Candidate(step, run.epoch_of(step), base_interpolation, scores)
+    metrics = dict.fromkeys(metrics_in(dataset.lists))
+    candidate = Candidate(step, run.epoch_of(step), base_interpolation, scores, metrics)
     if step == 0:
         candidate.has_new_head = len(run.model.new_weights) > 0
     title = f"Step {step}, epoch {candidate.epoch}" if step else args["model_name_or_path"]
@@ -3287,6 +3604,9 @@ def fill_in(candidate, dataset, metric):
     values = metric_values(metric, dataset.lists[metric], labels, scores)
     candidate.values = torch.from_numpy(values)
     candidate.quality = round(float(values.mean()), 9)
+    if dataset.retrieved:
+        with_retriever = dataset.retrieved.values_of(metric, scores)
+        candidate.with_retriever = torch.from_numpy(with_retriever)
     # A mixture is not logged: its step in the log is that of what it is made of.
     if not candidate.base_interpolation:
         for key, value in {**candidate.metrics, **health}.items():
@@ -3924,27 +4244,45 @@ def best_of(candidates, args):
 
 
 # ---- Verdict -------------------------------------------------------------------------------------
-def cross_fit(base, candidates, seed):
-    """Differences [V] of the metric's values between best candidate and base: chosen on one half of
-    the queries, measured on the other, and the reverse, since the queries that chose it flatter it.
+def halves(count, seed):
+    """The numbers of `count` queries, at random in two halves."""
+    order = np.random.default_rng(seed).permutation(count)
+    return order[0::2], order[1::2]
+
+
+def best_of_rows(values):
+    """The number of the row with the highest mean of `values` [C, V]: of equals the first."""
+    return values.mean(axis=1).round(9).argmax()
+
+
+def cross_fit(gains, seed):
+    """The gains [V] of the best of C candidates, of whose `gains` [C, V] each is that of one query:
+    chosen on one half of the queries, measured on the other, and the reverse, since the queries
+    that chose it flatter it.
 
     Two candidates gain 0.3 and 0 on the first half of the queries, 0.1 and 0.2 on the second. The
     first is chosen on the first half, and its gain on the second counts, 0.1; the second is chosen
     on the second half, and counts 0 on the first: 0.05 on average, where the best on all queries,
     the first, would claim 0.2."""
-    gains = []
-    for candidate in candidates:
-        gains.append(np.asarray(candidate.values) - np.asarray(base.values))
-    gains = np.array(gains)  # [candidates, V]
-
-    order = np.random.default_rng(seed).permutation(len(base.values))
-    first_half, second_half = order[0::2], order[1::2]
-
-    def best_on(half):  # of equals the first
-        return gains[:, half].mean(axis=1).round(9).argmax()
-
-    chosen_on_first, chosen_on_second = best_on(first_half), best_on(second_half)
+    first_half, second_half = halves(gains.shape[1], seed)
+    chosen_on_first = best_of_rows(gains[:, first_half])
+    chosen_on_second = best_of_rows(gains[:, second_half])
     return np.append(gains[chosen_on_second, first_half], gains[chosen_on_first, second_half])
+
+
+def cross_fit_mixture(values, seed):
+    """The gains of a mixture over the model alone and over the retriever alone, [2, V], of `values`
+    [C, 2 + S, V] as Retrieved.values_of() has them of C candidates: as in cross_fit(), one half of
+    the queries chooses what a run chooses, the best candidate, then its best share, and the other
+    half measures."""
+    first_half, second_half = halves(values.shape[2], seed)
+    gains = []
+    for half, other_half in ((second_half, first_half), (first_half, second_half)):
+        candidate = values[best_of_rows(values[:, 0, half])]
+        mixtures = candidate[2:]
+        mixed = mixtures[best_of_rows(mixtures[:, half]), other_half]
+        gains.append(mixed - candidate[:2, other_half])
+    return np.concatenate(gains, axis=1)
 
 
 def confidence_interval(differences, seed):
@@ -4005,21 +4343,19 @@ def judge(candidates, dataset, metric, args):
     queries = len(dataset.lists[metric])
     too_few = too_few_of(dataset, metric)
     is_enough = not too_few
-    kept = best
-    if is_enough and args["load_best_model_at_end"] and best.quality < base.quality:
-        kept = base
+    kept, eligible = best, tuned
+    if is_enough and args["load_best_model_at_end"]:
+        eligible = [*tuned, base]
+        if best.quality < base.quality:
+            kept = base
 
-    delta = {"mean": None, "ci95": None, "queries_up": None, "queries_down": None}
-    if queries >= 4:
-        gains = cross_fit(base, tuned, args["seed"])
-        delta["mean"] = float(gains.mean())
-        if is_enough:
-            delta["ci95"] = confidence_interval(gains, args["seed"])
-            if delta["ci95"] is None:
-                too_few["queries that changed"] = int((np.abs(gains) > 1e-9).sum())
-        if metric in RANKING:
-            delta["queries_up"] = (gains > 1e-9).sum().item()
-            delta["queries_down"] = (gains < -1e-9).sum().item()
+    delta = dict(NO_DELTA)
+    if queries >= FEWEST_TO_HALVE:
+        values = np.array([np.asarray(candidate.values) for candidate in tuned])
+        gains = cross_fit(values - np.asarray(base.values), args["seed"])
+        delta = delta_of(gains, metric, is_enough, args["seed"])
+        if is_enough and delta["ci95"] is None:
+            too_few["queries that changed"] = int((np.abs(gains) > 1e-9).sum())
 
     history = []
     for candidate in candidates:
@@ -4043,8 +4379,123 @@ def judge(candidates, dataset, metric, args):
         "history": history,
         "chosen": chosen,
         "base_has_new_head": base.has_new_head,
+        "retriever": None,
+        "against_retriever": None,
+        "mixed": None,
     }
+    if dataset.retrieved and dataset.retrieved.lists[metric]:
+        report.update(judge_with_retriever(eligible, kept, dataset.retrieved, metric, args["seed"]))
+    report["all_relevant"] = over_all_relevant(dataset, report, base, kept)
     return report, best, kept
+
+
+FEWEST_TO_HALVE = 4  # queries
+NO_DELTA = {"mean": None, "ci95": None, "queries_up": None, "queries_down": None}
+
+
+def delta_of(gains, metric, is_enough, seed):
+    """What the report says of gains [V] in a metric; an interval only where there is enough to
+    tell."""
+    delta = dict(NO_DELTA)
+    delta["mean"] = float(gains.mean())
+    if is_enough:
+        delta["ci95"] = confidence_interval(gains, seed)
+    if ranking_metric(metric):
+        delta["queries_up"] = (gains > 1e-9).sum().item()
+        delta["queries_down"] = (gains < -1e-9).sum().item()
+    return delta
+
+
+def judge_with_retriever(eligible, kept, retrieved, metric, seed):
+    """What the report says of the retriever: its metrics, how `kept`, chosen from the candidates
+    that were `eligible`, compares with it, and what a mixture of both gains."""
+    values = np.array([np.asarray(candidate.with_retriever) for candidate in eligible])
+    queries = len(retrieved.lists[metric])
+    is_enough = not too_few_of(retrieved, metric)
+    against, over_model, over_retriever = dict(NO_DELTA), dict(NO_DELTA), dict(NO_DELTA)
+    has_mixtures = values.shape[1] > 2
+    if queries >= FEWEST_TO_HALVE:
+        gains = cross_fit(values[:, 0] - values[:, 1], seed)
+        against = delta_of(gains, metric, is_enough, seed)
+        if has_mixtures:
+            gains_of_mixture, gains_over_retriever = cross_fit_mixture(values, seed)
+            over_model = delta_of(gains_of_mixture, metric, is_enough, seed)
+            over_retriever = delta_of(gains_over_retriever, metric, is_enough, seed)
+
+    scores = np.asarray(kept.scores)
+    report = {
+        "retriever": retrieved.metrics_with(scores, 1),
+        "against_retriever": {
+            "queries": queries,
+            **against,
+            "verdict": verdict_of(against["ci95"]),
+        },
+    }
+    if has_mixtures:
+        weight = retrieved.shares[best_of_rows(np.asarray(kept.with_retriever)[2:])]
+        lengths = [len(rows) for rows in retrieved.lists[metric]]
+        report["mixed"] = {
+            "weight": weight,
+            "candidates": float(np.median(lengths)),
+            "metrics": retrieved.metrics_with(scores, weight),
+            "delta": over_model,
+            "verdict": verdict_of(over_model["ci95"]),
+            "against_retriever": {
+                **over_retriever,
+                "verdict": verdict_of(over_retriever["ci95"]),
+            },
+        }
+    return report
+
+
+def weight_to_save(report):
+    """The share of the retriever that final_model's config is to hold: 0 where a mixture is not
+    clearly better than the model alone; None where there are no scores of a retriever."""
+    if not report.get("retriever"):
+        return None
+    mixed = report["mixed"]
+    if mixed and mixed["verdict"] == "better":
+        return mixed["weight"]
+    return 0.0
+
+
+def over_all_relevant(dataset, report, base, kept):
+    """NDCG@10 with the ideal order of all relevant documents, those too that the retriever did not
+    find, over the queries that tell their number; None where none does."""
+    labels, retrieved = dataset.labels.numpy(), dataset.retrieved
+    lists = []  # (rows, number of relevant documents)
+    for rows in dataset.lists["all"]:
+        relevant = int(dataset.rows["relevant"][rows[0]])
+        if relevant > 0:
+            lists.append((rows, relevant))
+    if not lists:
+        return None
+
+    orders = {"before": np.asarray(base.scores), "after": np.asarray(kept.scores)}
+    is_scored = ~np.isnan(np.concatenate([dataset.rows["score"][rows] for rows, _ in lists]))
+    if report["retriever"] and is_scored.all():
+        shares = {"retriever": 1}
+        if report["mixed"]:
+            shares["mixed"] = report["mixed"]["weight"]
+        for name, share in shares.items():
+            mixed = retrieved.mixed(orders["after"], share)
+            orders[name] = np.zeros(len(labels), mixed.dtype)
+            orders[name][retrieved.rows] = mixed
+    orders["ceiling"] = labels  # what the best of rerankers would make of these candidates
+
+    means = {}
+    for name, order in orders.items():
+        values = []
+        for rows, relevant in lists:
+            not_found = relevant - (labels[rows] >= 0.5).sum()
+            values.append(ndcg_at_k(labels[rows], order[rows], not_found=not_found))
+        means[name] = float(np.mean(values))
+    return {
+        "queries": len(lists),
+        "relevant": sum(relevant for _, relevant in lists),
+        "found": int(sum((labels[rows] >= 0.5).sum() for rows, _ in lists)),
+        "ndcg@10": means,
+    }
 
 
 def verdict_of(ci95):
@@ -4069,17 +4520,14 @@ def threshold_of(candidate, labels):
 
 
 def verdict_text(report, args):
-    """All metrics, then what final_model holds, and last the verdict and what to try next, as
+    """All metrics, then what final_model holds, and last the verdicts and what to try next, as
     lines."""
     before, tuned, metric = report["before"], report["fine_tuned"], report["metric"]
-    keys = [key for key in METRICS if before[key] is not None]
+    lines = table_lines(report, args)
     if not args["epochs"]:
-        return "\n".join(f"{key:17}  {before[key]:.4f}" for key in keys)
+        lines += retriever_lines(report, "the model")
+        return "\n".join(lines)
 
-    lines = []
-    for key in keys:
-        gain = tuned[key] - before[key]
-        lines.append(f"{key:17}  {before[key]:.4f} → {tuned[key]:.4f}, {gain:+.4f}")
     chosen = report["chosen"]
     if chosen == "base":
         lines.append(
@@ -4117,8 +4565,93 @@ def verdict_text(report, args):
             "need not be good: compare it with a trained reranker "
             "(--epochs 0 --model_name_or_path BAAI/bge-reranker-base)."
         )
+    lines += retriever_lines(report, "final_model")
     lines.append(f"Next: {advice}.")
     return "\n".join(lines)
+
+
+def table_lines(report, args):
+    """A line for each metric: before and after, and what the retriever's own order and the mixture
+    with it have, where there are its scores."""
+    before, tuned = report["before"], report["fine_tuned"]
+    columns = {}
+    if report["retriever"]:
+        columns["retriever"] = report["retriever"]
+    if report["mixed"]:
+        columns["mixed"] = report["mixed"]["metrics"]
+
+    lines = []
+    for key, value in before.items():
+        if value is None:
+            continue
+        line = f"{key:17}  {value:.4f}"
+        if args["epochs"]:
+            line += f" → {tuned[key]:.4f}, {tuned[key] - value:+.4f}"
+        for name, metrics in columns.items():
+            if metrics[key] is not None:
+                line += f"; {name} {metrics[key]:.4f}"
+        lines.append(line)
+    return lines
+
+
+WORDS = {
+    "better": "better",
+    "unclear": "no clear difference",
+    "worse": "WORSE",
+    "too few": "too few queries to tell",
+}
+
+
+def retriever_lines(report, name):
+    """The verdict on the model, which `name` stands for, against the retriever's own order, that on
+    both together, and how much any reranker misses, as lines; none where nothing is known of a
+    retriever."""
+    lines = []
+    against, metric = report["against_retriever"], report["metric"]
+    if against:
+        mean = against["mean"]
+        if mean is not None and mean < -1e-9:
+            lines.append(
+                f"!!! WORSE THAN THE RETRIEVER !!! {name} ranks these queries worse than the "
+                "retriever's own order: put to work as it is, it makes the search worse."
+            )
+        evidence = count_text(against["queries"], against)
+        if against["ci95"]:
+            gain = gain_text(metric, report["retriever"][metric], against)
+            evidence = f"{gain} over {evidence}"
+        lines.append(f"Against the retriever: {WORDS[against['verdict']]}. {evidence}.")
+    if report["mixed"]:
+        lines.append(mixed_line(report["mixed"], name))
+    if report["all_relevant"]:
+        lines.append(all_relevant_line(report["all_relevant"]))
+    return lines
+
+
+def mixed_line(mixed, name):
+    """The verdict on the mixture of a model, which `name` stands for, and the retriever."""
+    share = f"{mixed['weight']:.0%}"
+    line = f"Mixed with {share} of the retriever: {WORDS[mixed['verdict']]}"
+    for other, delta in ((name, mixed["delta"]), ("the retriever", mixed["against_retriever"])):
+        if delta["ci95"]:
+            line += f"; over {other} {interval_text(delta)}"
+    line += f"; on lists of {mixed['candidates']:.0f} candidates."
+    if mixed["verdict"] == "better":
+        line += f" retriever_weight {mixed['weight']}: rank(…, retriever_scores=…) mixes so."
+    return line
+
+
+def all_relevant_line(of_all):
+    """NDCG@10 where what the retriever did not find counts as well."""
+    values = of_all["ndcg@10"]
+    columns = [f"{values['before']:.3f} → {values['after']:.3f}"]
+    for key in ("retriever", "mixed"):
+        if key in values:
+            columns.append(f"{key} {values[key]:.3f}")
+    return (
+        f"Of {of_all['relevant']} relevant documents of {of_all['queries']} queries "
+        f"{of_all['found']} are among the candidates. NDCG@10 by all of them: "
+        f"{', '.join(columns)}; no reranker can have more than {values['ceiling']:.3f}."
+    )
 
 
 def base_name(args):
@@ -4138,30 +4671,41 @@ def advice_on_too_few(too_few):
 def evidence_text(report):
     """On how many queries the verdict stands, and the gain with its interval where there is one."""
     delta = report["delta"]
+    queries = count_text(report["queries"], delta, report["queries_left_out"])
+    if delta["ci95"]:
+        metric = report["metric"]
+        return f"{gain_text(metric, report['before'][metric], delta)} over {queries}"
+    for what, count in report["too_few"].items():
+        if what != "queries":  # which stand there already
+            queries += f", {count} {what}"
+    return queries
+
+
+def count_text(queries, delta, left_out=0):
+    """How many queries there are, and what became of them."""
     counts = []
     for count, what in (
         (delta["queries_up"], "up"),
         (delta["queries_down"], "down"),
-        (report["queries_left_out"] or None, "left out"),
+        (left_out or None, "left out"),
     ):
         if count is not None:
             counts.append(f"{count} {what}")
-    queries = f"{report['queries']} queries"
-    if counts:
-        queries += f" ({', '.join(counts)})"
-    if not delta["ci95"]:
-        for what, count in report["too_few"].items():
-            if what != "queries":  # which stand there already
-                queries += f", {count} {what}"
-        return queries
+    if not counts:
+        return f"{queries} queries"
+    return f"{queries} queries ({', '.join(counts)})"
 
-    metric, mean = report["metric"], delta["mean"]
-    before = report["before"][metric]
+
+def gain_text(metric, before, delta):
+    """A gain in a metric, over its value `before`, with its interval."""
+    mean = delta["mean"]
+    return f"{metric.upper()} {before:.3f} → {before + mean:.3f}, {interval_text(delta)}"
+
+
+def interval_text(delta):
+    """A gain and its interval alone."""
     low, high = delta["ci95"]
-    return (
-        f"{metric.upper()} {before:.3f} → {before + mean:.3f}, {mean:+.3f} cross-fitted, "
-        f"95 % interval [{low:+.3f}, {high:+.3f}] over {queries}"
-    )
+    return f"{delta['mean']:+.3f} cross-fitted, 95 % interval [{low:+.3f}, {high:+.3f}]"
 
 
 @dataclass
@@ -4189,6 +4733,8 @@ def conclude(run):
         numbers = {}
         if report["delta"]["mean"] is not None:
             numbers["eval/delta"] = report["delta"]["mean"]
+        if report["against_retriever"] and report["against_retriever"]["mean"] is not None:
+            numbers["eval/delta_over_retriever"] = report["against_retriever"]["mean"]
         for key, value in kept.metrics.items():
             if value is not None:
                 numbers[f"eval/after/{key}"] = value
@@ -4216,6 +4762,9 @@ def write_results(run, outcome):
         model.save_pretrained(folder / "fine_tuned_model")
         set_weights(model, (run.best_weights, run.base_weights), 1.0)
         model.load_state_dict(run.unshifted_bias, strict=False)  # the base as it was
+    weight = weight_to_save(outcome.report)
+    if weight is not None:
+        model.model.config.update({"retriever_weight": weight})
     model.save_pretrained(folder / "final_model")
     write_model_card(run, outcome)
 
@@ -4278,6 +4827,9 @@ def draw_evaluations(axes, report):
     kept_step = 0 if report["chosen"] == "base" else report["chosen"]["step"]
     axes.plot(steps, values, "go-", label="evaluation")
     axes.plot(kept_step, report["after"][metric], "r*", markersize=16, label="final_model")
+    if report["retriever"]:
+        value = report["retriever"][metric]
+        axes.axhline(value, color="tab:gray", linestyle="--", label="the retriever's own order")
     axes.set(ylabel=metric)
 
 
@@ -4396,10 +4948,26 @@ print(pipeline("text-classification", folder, truncation="only_second")\
 ([dict(text=q, text_pair=d) for q, d in pairs]))
 ```
 
-## Training
+{mixture}## Training
 ```
 {settings}
 ```
+"""
+MIXTURE_IN_CARD = """## With a retriever
+
+Mixed with {weight:.0%} of the score of the retriever that had found the documents, it ranked the
+held-out queries better, on lists of about {candidates:.0f} candidates.
+`rank(query, documents, retriever_scores=scores)` does that; with other software, of the candidates
+of one query:
+```python
+import numpy as np
+def standardised(scores):
+    scores = np.asarray(scores, dtype=float)
+    return (scores - scores.mean()) / (scores.std() or 1)
+# logits: the model's scores before the sigmoid, log(p / (1 - p)) of a probability p
+mixed = {model_share} * standardised(logits) + {weight} * standardised(retriever_scores)
+```
+
 """
 
 
@@ -4430,7 +4998,12 @@ def write_model_card(run, outcome):
     settings["samples of a step"] = run.samples_per_step
     settings.update(run.record["versions"])
     query_format, document_format = run.model.formats
+    mixture = ""
+    if weight_to_save(report):
+        mixed = report["mixed"]
+        mixture = MIXTURE_IN_CARD.format(**mixed, model_share=round(1 - mixed["weight"], 9))
     text = CARD.format(
+        mixture=mixture,
         metadata=metadata.to_yaml(),
         title=title,
         verdict=outcome.text,
@@ -4664,7 +5237,7 @@ def main():
         "max_grad_norm": 1.0,  # float 0..: gradients are clipped to this norm; 0: never
         "eval_steps": None,  # int 1.. | None: evaluate every so many optimizer steps; None: at the end of each epoch
         "metric_for_best_model":
-            "auto",  # "auto" | "ndcg@10" | "mrr@10" | "map" | "hit@1" | "average_precision": best is best in
+            "auto",  # "auto" | "ndcg@k" | "mrr@k" | "hit@k" | "recall@k" | "map" | "average_precision": best is best in
         "load_best_model_at_end": True,  # bool: keep the best weights, not the last; the base's where all rank below it
         "save_steps": None,  # int 1.. | None: write a checkpoint every so many steps; None: at the end of each epoch
         "save_total_limit": 2,  # int 1..: checkpoints that are kept; a run that ends well removes them all

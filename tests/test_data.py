@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from train_bert_rerank import (
     ADVICE,
+    NOT_THERE,
     ROW,
     RerankDataset,
     UserError,
@@ -489,7 +490,7 @@ WARNINGS = {
 
 @pytest.mark.parametrize("train_rows, eval_rows, warnings", WARNINGS.values(), ids=WARNINGS)
 def test_what_is_seldom_meant_is_warned_of_with_its_count(capsys, train_rows, eval_rows, warnings):
-    check_rows(*(np.array([(0, number, number + 1, *fingerprints(*pair), label) for number, (*pair, label)
+    check_rows(*(np.array([(0, number, number + 1, *fingerprints(*pair), label, *NOT_THERE) for number, (*pair, label)
                            in enumerate(rows)], dtype=ROW) for rows in (train_rows, eval_rows)), 0.5)  # fmt: skip
     assert capsys.readouterr().out.splitlines() == [f"Warning: {warning}." for warning in warnings]
 

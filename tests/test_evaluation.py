@@ -5,7 +5,7 @@ import itertools
 import ir_measures
 import numpy as np
 import pytest
-from ir_measures import AP, RR, P, nDCG
+from ir_measures import AP, RR, P, R, Success, nDCG
 from sklearn.metrics import average_precision_score, f1_score, ndcg_score, precision_recall_curve
 
 from train_bert_rerank import (
@@ -14,14 +14,19 @@ from train_bert_rerank import (
     average_precision,
     best_f1,
     candidate_lists,
+    hit_at_k,
     measure,
     metric_values,
     mrr_at_k,
     ndcg_at_k,
+    recall_at_k,
     tie_groups,
 )
 
-TREC_EVAL = {"ndcg@10": nDCG @ 10, "mrr@10": RR(rel=2) @ 10, "map": AP(rel=2), "hit@1": P(rel=2) @ 1}
+TREC_EVAL = {"ndcg@10": nDCG @ 10, "ndcg@5": nDCG @ 5, "mrr@10": RR(rel=2) @ 10, "map": AP(rel=2),
+             "hit@1": P(rel=2) @ 1, "hit@3": Success(rel=2) @ 3, "recall@10": R(rel=2) @ 10}  # fmt: skip
+ANY_K = {"ndcg@20": nDCG @ 20, "ndcg@1": nDCG @ 1, "mrr@4": RR(rel=2) @ 4, "hit@7": Success(rel=2) @ 7,
+         "recall@2": R(rel=2) @ 2}  # fmt: skip
 
 
 @pytest.fixture
@@ -34,10 +39,10 @@ def lists_of(sizes):
     return np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
 
 
-def for_metrics(lists, labels):
+def for_metrics(lists, labels, wanted="auto"):
     """The lists of each metric where the rows of each query are `lists`."""
     queries = np.concatenate([np.full(len(rows), number) for number, rows in enumerate(lists)])
-    return candidate_lists(queries[np.argsort(np.concatenate(lists))].tolist(), labels)
+    return candidate_lists(queries[np.argsort(np.concatenate(lists))].tolist(), labels, wanted)
 
 
 def measured(lists, labels, scores):
@@ -57,12 +62,14 @@ def test_metrics_are_those_of_trec_eval_on_runs_without_ties(generator):
         total = lists[-1][-1] + 1
         grades, scores = generator.choice(5, total, p=[0.5, 0.25, 0.1, 0.1, 0.05]), generator.permutation(total) / 7
         ours = metrics_of(lists, grades / 4, scores)
-        for metric, theirs in TREC_EVAL.items():
+        for metric in ANY_K:
+            ours[metric] = measure(for_metrics(lists, grades / 4, metric), grades / 4, scores)[0][metric]
+        for metric, theirs in (TREC_EVAL | ANY_K).items():
             qrels, run = [], []
             for rows in lists:
-                alike = set(grades[rows] if metric == "ndcg@10" else grades[rows] >= 2)
+                alike = set(grades[rows] if metric.startswith("ndcg") else grades[rows] >= 2)
                 if len(alike) == 1:
-                    left_out[metric] += 1
+                    left_out[metric] = left_out.get(metric, 0) + 1
                     continue
                 qrels += [ir_measures.Qrel(f"q{rows[0]}", f"d{row}", int(grades[row])) for row in rows]
                 run += [ir_measures.ScoredDoc(f"q{rows[0]}", f"d{row}", float(scores[row])) for row in rows]
@@ -107,7 +114,10 @@ def test_the_threshold_stands_midway_between_the_rows_that_it_parts():
 # ---- Ties ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("cutoff", [1, 2, 3, 10])
 def test_tied_rows_get_the_mean_over_all_their_orders(generator, cutoff):
-    metrics = {"ndcg": (ndcg_at_k, cutoff), "mrr": (mrr_at_k, cutoff), "average precision": (average_precision,)}
+    metrics = {
+        "ndcg": (ndcg_at_k, cutoff), "mrr": (mrr_at_k, cutoff), "hit": (hit_at_k, cutoff),
+        "recall": (recall_at_k, cutoff), "average precision": (average_precision,),
+    }  # fmt: skip
     for _ in range(15):
         labels, scores = generator.integers(0, 3, 5) / 2, generator.integers(0, 3, 5).astype(float)
         labels[0] = 1
@@ -130,9 +140,12 @@ def test_a_model_that_scores_everything_alike_gets_chance_whatever_the_order_of_
     places = np.arange(1, 13)
     assert metrics_of(lists_of([12, 12]), np.tile(labels, 2), scores) == {
         "ndcg@10": pytest.approx(sum(1 / np.log2(places[:10] + 1)) / 12),
+        "ndcg@5": pytest.approx(sum(1 / np.log2(places[:5] + 1)) / 12),
         "mrr@10": pytest.approx(sum(1 / places[:10]) / 12),
         "map": pytest.approx(np.mean(1 / places)),
         "hit@1": pytest.approx(1 / 12),
+        "hit@3": pytest.approx(3 / 12),
+        "recall@10": pytest.approx(10 / 12),
         "average_precision": pytest.approx(np.mean([(1 + (k - 1) / 23) / k for k in range(1, 25)])),
         "best_f1": pytest.approx(2 * 2 / (24 + 2)),
     }
@@ -173,9 +186,12 @@ def test_metrics_are_those_computed_by_hand():
     dcg, ideal = 1 / np.log2(3) + 0.5 / 2 + 0.25 / np.log2(5), 1 + 0.5 / np.log2(3) + 0.25 / 2
     assert metrics_of(lists_of([4]), labels, scores) == {
         "ndcg@10": pytest.approx(dcg / ideal),
+        "ndcg@5": pytest.approx(dcg / ideal),
         "mrr@10": 0.5,
         "map": pytest.approx((1 / 2 + 2 / 3) / 2),
         "hit@1": 0.0,
+        "hit@3": 1.0,
+        "recall@10": 1.0,
         "average_precision": pytest.approx((1 / 2 + 2 / 3) / 2),
         "best_f1": pytest.approx(2 * 2 / (3 + 2)),
     }
@@ -185,9 +201,12 @@ def test_ranking_metrics_are_means_over_queries_and_the_others_are_over_all_pair
     labels, scores = [1, 0, 0, 1, 0], [-5, -6, 9, 7, 8]  # the second query's scores are all above the first's
     assert metrics_of(lists_of([2, 3]), labels, scores) == {
         "ndcg@10": pytest.approx((1 + 1 / 2) / 2),
+        "ndcg@5": pytest.approx((1 + 1 / 2) / 2),
         "mrr@10": pytest.approx((1 + 1 / 3) / 2),
         "map": pytest.approx((1 + 1 / 3) / 2),
         "hit@1": 0.5,
+        "hit@3": 1.0,
+        "recall@10": 1.0,
         "average_precision": pytest.approx((1 / 3 + 2 / 4) / 2),
         "best_f1": pytest.approx(2 * 2 / (4 + 2)),
     }
@@ -210,7 +229,8 @@ def test_ndcg_tells_grades_apart_and_the_other_metrics_part_them_at_a_half():
     ))  # fmt: skip
     assert falling == dict.fromkeys(METRICS, 1.0)
     assert both["ndcg@10"] < swapped["ndcg@10"] < 1
-    assert {**falling, "ndcg@10": None} == {**swapped, "ndcg@10": None} == {**both, "ndcg@10": None}
+    without = {"ndcg@10": None, "ndcg@5": None}
+    assert falling | without == swapped | without == both | without
 
 
 def test_shuffling_the_file_changes_neither_metrics_nor_health(generator):
@@ -231,7 +251,7 @@ def test_each_metric_takes_the_queries_that_say_something_about_it():
         return [rows.tolist() for rows in for_metrics(lists, labels)[metric]]
 
     assert kept("ndcg@10") == [rows.tolist() for rows in (mixed, irrelevant, graded, close)]
-    for metric in ("mrr@10", "map", "hit@1"):
+    for metric in RANKING[2:]:
         assert kept(metric) == [mixed.tolist(), close.tolist()]
     assert kept("average_precision") == kept("all") == [rows.tolist() for rows in lists]
     for same in ([0.5, 0.75, 1], [0.25, 0, 0.49]):  # pairs that are all relevant, or all irrelevant
@@ -248,7 +268,8 @@ def test_a_querys_rows_are_one_list_wherever_they_stand_in_the_file():
 def test_queries_that_say_nothing_change_no_metric_of_queries():
     metrics = metrics_of(lists_of([3, 2, 1]), [0, 1, 0, 1, 1, 0], [3, 2, 1, 0.9, 0.1, 5])
     assert {metric: metrics[metric] for metric in RANKING} == {
-        "ndcg@10": pytest.approx(1 / np.log2(3)), "mrr@10": 0.5, "map": 0.5, "hit@1": 0.0
+        "ndcg@10": pytest.approx(1 / np.log2(3)), "ndcg@5": pytest.approx(1 / np.log2(3)), "mrr@10": 0.5, "map": 0.5,
+        "hit@1": 0.0, "hit@3": 1.0, "recall@10": 1.0,
     }  # fmt: skip
 
 
@@ -256,8 +277,8 @@ def test_queries_that_say_nothing_change_no_metric_of_queries():
     ("sizes", "labels", "measured"),
     [
         ([1, 1, 1], [1, 0, 0.5], ["average_precision", "best_f1"]),  # a row a query: nothing to rank
-        ([3, 1], [0, 0.25, 0.49, 0], ["ndcg@10"]),  # nothing relevant
-        ([3, 1], [0.5, 0.75, 1, 1], ["ndcg@10"]),  # everything relevant
+        ([3, 1], [0, 0.25, 0.49, 0], ["ndcg@10", "ndcg@5"]),  # nothing relevant
+        ([3, 1], [0.5, 0.75, 1, 1], ["ndcg@10", "ndcg@5"]),  # everything relevant
         ([3, 1], [1, 1, 1, 1], []),
         ([2, 2], [0, 0, 0, 0], []),
         ([2, 2], [1, 0, 0, 0], list(METRICS)),

@@ -20,9 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModel, AutoTokenizer
 
 import train_bert_rerank
-from train_bert_rerank import BertRerankerModel, UserError, candidate_lists, measure, verdict_text
-
-METRICS = {"ndcg@10", "mrr@10", "map", "hit@1", "average_precision", "best_f1"}
+from train_bert_rerank import METRICS, RANKING, BertRerankerModel, UserError, candidate_lists, measure, verdict_text
 
 
 def read_jsonl(path):
@@ -189,7 +187,7 @@ def test_one_row_a_query_is_compared_by_average_precision_from_end_to_end(write_
     run = train_bert_rerank.train(settings_of(data, tmp_path / "out"))
     report = run["report"]
     assert report["metric"] == "average_precision" and report["queries"] == 160
-    assert all(report["before"][key] is None for key in ("ndcg@10", "mrr@10", "map", "hit@1"))
+    assert all(report["before"][key] is None for key in RANKING)
     assert report["after"]["average_precision"] > report["before"]["average_precision"]
     assert report["verdict"] in ("better", "unclear") and report["delta"]["ci95"][0] < report["delta"]["mean"]
     assert "AVERAGE_PRECISION" in capsys.readouterr().out.splitlines()[-2]
