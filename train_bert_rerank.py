@@ -1081,8 +1081,16 @@ def check_score(score):
         raise ValueError(f"score is {json.dumps(score)[:40]}: drop the quotes")
     if type(score) not in (int, float):
         raise ValueError(f"score is {json.dumps(score)[:40]}: it should be a number")
-    if not abs(score) <= sys.float_info.max:  # true for NaN as well
+    if not is_finite(score):
         raise ValueError(f"score is {str(score)[:40]}: it should be a finite number")
+
+
+def is_finite(number):
+    """Whether a number is neither NaN nor infinite, nor a whole one too large for a float."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def check_relevant(relevant):
@@ -2114,7 +2122,7 @@ def checked_scores(scores, count):
     for index, score in enumerate(scores):
         if not isinstance(score, (int, float, np.integer, np.floating)):
             raise TypeError(f"retriever_scores[{index}] should be a number, not {shown(score)}")
-        if not abs(score) <= sys.float_info.max:  # true for NaN as well
+        if not is_finite(score):
             raise ValueError(f"retriever_scores[{index}] is {score}: it should be a finite number")
     return np.array(scores, dtype=np.float64)
 
@@ -4423,16 +4431,18 @@ def judge_with_retriever(eligible, kept, retrieved, metric, seed):
             over_retriever = delta_of(gains_over_retriever, metric, is_enough, seed)
 
     scores = np.asarray(kept.scores)
+    values_of_kept = np.asarray(kept.with_retriever)
     report = {
         "retriever": retrieved.metrics_with(scores, 1),
         "against_retriever": {
             "queries": queries,
+            "after": float(values_of_kept[0].mean()),  # of these queries
             **against,
             "verdict": verdict_of(against["ci95"]),
         },
     }
     if has_mixtures:
-        weight = retrieved.shares[best_of_rows(np.asarray(kept.with_retriever)[2:])]
+        weight = retrieved.shares[best_of_rows(values_of_kept[2:])]
         lengths = [len(rows) for rows in retrieved.lists[metric]]
         report["mixed"] = {
             "weight": weight,
@@ -4609,15 +4619,15 @@ def retriever_lines(report, name):
     lines = []
     against, metric = report["against_retriever"], report["metric"]
     if against:
-        mean = against["mean"]
-        if mean is not None and mean < -1e-9:
+        retriever = report["retriever"][metric]
+        if against["after"] < retriever - 1e-9 or against["verdict"] == "worse":
             lines.append(
                 f"!!! WORSE THAN THE RETRIEVER !!! {name} ranks these queries worse than the "
                 "retriever's own order: put to work as it is, it makes the search worse."
             )
         evidence = count_text(against["queries"], against)
         if against["ci95"]:
-            gain = gain_text(metric, report["retriever"][metric], against)
+            gain = gain_text(metric, retriever, against)
             evidence = f"{gain} over {evidence}"
         lines.append(f"Against the retriever: {WORDS[against['verdict']]}. {evidence}.")
     if report["mixed"]:

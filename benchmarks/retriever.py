@@ -6,9 +6,9 @@
 FOLDER holds XQuAD (English and Chinese) and CISI as candidate lists with BM25's scores: xquad_en_train.jsonl and so on.
 The default lists get the scores of a BM25 over characters and pairs of them here. Each set is one run of the script:
 the default run of the README, tiny_reranker on XQuAD-zh, MiniLM's weights with a new head on XQuAD-en, and what came of
-that on CISI. Figures are those of eval_report.json: gains are cross-fitted, with their 95 % intervals. For CISI the model
-is evaluated once more (--epochs 0) on the first 10, 20 and 40 candidates of each list. Last: in how many of 200 draws
-mixing is called 'better' when the retriever's scores are shuffled within each query.
+that on CISI. Figures are those of eval_report.json: gains are cross-fitted, with their 95 % intervals. For CISI the
+model is evaluated once more (--epochs 0) on the first 10, 20 and 40 candidates of each list. Last: in how many of 200
+draws mixing is called 'better' when the retriever's scores are shuffled within each query.
 """
 
 import argparse
@@ -156,7 +156,8 @@ def main():
         if name == "default":
             settings["train_dataset"] = str(ROOT / "default_train_data.jsonl")
         else:
-            settings.update(train_dataset=str(data / f"{name}_train.jsonl"), eval_dataset=str(data / f"{name}_eval.jsonl"))
+            settings["train_dataset"] = str(data / f"{name}_train.jsonl")
+            settings["eval_dataset"] = str(data / f"{name}_eval.jsonl")
         settings.update(runs[name])
         print(row_of(name, *silently(settings)), flush=True)
 
