@@ -4639,6 +4639,8 @@ def retriever_lines(report, name):
 
 def mixed_line(mixed, name):
     """The verdict on the mixture of a model, which `name` stands for, and the retriever."""
+    if mixed["weight"] == 0:
+        return f"Mixed: no share of the retriever ranks these queries better than {name} alone."
     share = f"{mixed['weight']:.0%}"
     line = f"Mixed with {share} of the retriever: {WORDS[mixed['verdict']]}"
     for other, delta in ((name, mixed["delta"]), ("the retriever", mixed["against_retriever"])):

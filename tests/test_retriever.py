@@ -373,6 +373,15 @@ def test_a_weight_that_the_model_has_is_measured_rather_than_another_chosen(gene
         assert SHARES[best.argmax()] != weight
 
 
+def test_a_retriever_that_adds_nothing_is_not_mixed_in(generator):
+    dataset = queries_of(40)
+    report, _ = judged_with(dataset, scores_of([5] * 40), scores_of([3] * 40), scores_of([1] * 20 + [2] * 20))
+    assert report["mixed"]["weight"] == 0 and report["mixed"]["verdict"] != "better"
+    assert report["mixed"]["metrics"] == report["after"]
+    said = verdict_text(report, {**ARGS, "model_name_or_path": TINY})
+    assert "Mixed: no share of the retriever ranks these queries better than final_model alone.\n" in said
+
+
 def test_average_precision_over_pairs_has_a_retriever_and_no_mixture(generator):
     dataset = queries_of(40, "average_precision")
     model, retriever = complementary(generator, 40)
