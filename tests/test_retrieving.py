@@ -408,6 +408,9 @@ BAD = [
      r"corpus.tsv: 2 bad lines\n  line 2: neither .*\n  line 3: content is blank\nA line of a corpus"),
     ("corpus.tsv", ["d1\tquince"], r"nothing is found for any query: no document has a word of one"),
     ("rows.jsonl", ['{"query": "apple", "content": "apple pie", "label": "1"}'], r"rows.jsonl: 1 bad line\n  line 1: "),
+    ("rows.jsonl", ["q1\tapple"], r"rows.jsonl: 1 bad line\n(.*\n)*Queries without documents take --qrels, a file"),
+    ("rows.jsonl", None, r"rows.jsonl: cannot be read: No such file or directory$"),
+    ("queries.tsv", GOOD["rows.jsonl"], r"queries.tsv: 1 bad lines\n(.*\n)*.* Rows that have their documents take"),
     ("rows.jsonl", ['{"query": "apple", "content": "apple pie", "label": 0}'], r"rows.jsonl: no query has a relevant"),
     ("rows.jsonl", ['{"query": "apple", "content": "pie", "label": 1}'],
      r"corpus.tsv: none of the 1 relevant documents is in it. They are looked for by their whole text"),
@@ -482,3 +485,30 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(retrieve, wri
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(SystemExit, match="^Error: .*bm25s.*: pip install bm25s PyStemmer jieba sentence-transformers"):
         retrieve("rows.jsonl", "--corpus", "corpus.tsv", "--language", "en")
+
+
+def test_a_stopped_call_writes_nothing(retrieve, write_text, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    for name, content in GOOD.items():
+        write_text(name, *content)
+    monkeypatch.setattr(tool, "line_of", stop)
+    with pytest.raises(SystemExit, match="^Stopped; nothing is written.$"):
+        retrieve("rows.jsonl", "--corpus", "corpus.tsv", "--language", "en")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(GOOD)
+
+
+def test_a_model_whose_scores_are_no_numbers_is_refused(retrieve, write_text, tmp_path):
+    """JSON has no NaN, and the trainer would refuse the file."""
+    from sentence_transformers import SentenceTransformer
+
+    for name, content in GOOD.items():
+        write_text(name, *content)
+    model = SentenceTransformer(TINY)
+    for weight in model.parameters():
+        weight.data.fill_(math.nan)
+    model.save(str(tmp_path / "model"))
+    with pytest.raises(SystemExit, match="^Error: model gives scores that are no numbers: take another"):
+        retrieve("rows.jsonl", "--corpus", "corpus.tsv", "--retriever", "embeddings", "--embedding_model", "model")
+    assert not (tmp_path / "eval.jsonl").exists()

@@ -75,7 +75,7 @@ def digest_of(text):
 # ---- Queries and judgements ------------------------------------------------------------------
 QUERY_IDS = ("_id", "id", "qid")
 QUERY_ADVICE = ('A line of queries should be id<TAB>text, or {"_id": "…", "text": "…"} in JSON '
-                "(or id, qid; query).")
+                "(or id, qid; query). Rows that have their documents take no --qrels.")
 QRELS_ADVICE = ('A line of qrels should be "qid 0 docid grade" or "qid docid grade". --max_label '
                 "is the highest grade of your scale.")
 GRADE_HEADERS = ("score", "grade", "label", "rel", "relevance")
@@ -118,9 +118,16 @@ def query_of(queries, text, name):
 def read_judged_rows(options):
     """The queries of rows, with the judgements of the texts."""
     queries = {}
-    for text, content, label, _ in read_rows(options.queries, options.min_label, options.max_label):
-        query = query_of(queries, text, text)
-        query.judge(digest_of(bare(content)), label)
+    rows = read_rows(options.queries, options.min_label, options.max_label)
+    try:
+        for text, content, label, _ in rows:
+            query = query_of(queries, text, text)
+            query.judge(digest_of(bare(content)), label)
+    except UserError as error:
+        if queries or not Path(options.queries).is_file():
+            raise
+        raise UserError(f"{error}\nQueries without documents take --qrels, a file that tells by "
+                        "ids which are relevant") from error
     return list(queries.values())
 
 
