@@ -161,7 +161,7 @@ def test_rows_are_found_by_their_text_and_their_labels_are_carried_into_the_hits
         {"pear tart with cream": 4, "apple and pear": 1, "cherry cake with cream and jam": 0}, {"plum jam": 4},
     ]  # fmt: skip
     assert [line["relevant"] for line in lines] == [1, 1, 1]
-    assert "3 queries with a relevant document (label 2 or more)" in printed
+    assert "queries with a relevant document (label 2 or more): 3." in printed
     assert "Candidates: 4 judged, 2 not judged (33.3%), which count as irrelevant (label 0)." in printed
     assert "--eval_dataset eval.jsonl --min_label=0 --max_label=4" in printed
 
@@ -228,8 +228,8 @@ def test_documents_of_the_same_text_are_one_document(fruits):
     lines, printed = fruits(documents=documents, qrels=[("q1", "d1", 0), ("q1", "d7", 1), ("q3", "d8", 1)])
     assert [hits_of(line) for line in lines] == [["apple apple pie", "apple and pear"], ["plum jam"]]
     assert [(hits_of(line, "label"), line["relevant"]) for line in lines] == [([1, 0], 1), ([1], 1)]
-    assert "corpus.tsv: 6 documents.\n" in printed
-    assert "corpus.tsv: 2 lines repeat the text of an earlier one: each text is one document.\n" in printed
+    assert "corpus.tsv: documents: 6.\n" in printed
+    assert "corpus.tsv: lines that repeat the text of an earlier one: 2. Each text is one document.\n" in printed
 
 
 def test_an_id_with_two_texts_means_the_first(fruits):
@@ -237,18 +237,18 @@ def test_an_id_with_two_texts_means_the_first(fruits):
     lines, printed = fruits(documents=documents)
     labels = dict(zip(hits_of(lines[0]), hits_of(lines[0], "label"), strict=True))
     assert labels == {"apple apple pie": 1, "apple and pear": 1, "apple crumble": 0}
-    assert "corpus.tsv: 1 lines have the id of an earlier line and another text: the id means the earlier" in printed
+    assert "corpus.tsv: lines with the id of an earlier one and another text: 1. The id means the earlier" in printed
     queries = [*QUERIES.items(), ("q1", "plum"), ("q2", "pear  cream")]
     lines, printed = fruits(queries=queries)
     assert [line["query"] for line in lines] == [*QUERIES.values()] and lines[2]["relevant"] == 1
-    assert "queries.tsv: 1 lines have the id of an earlier line and another text: the earlier one counts." in printed
+    assert "queries.tsv: lines with the id of an earlier one and another text: 1. The earlier one counts." in printed
 
 
 def test_relevant_documents_that_the_corpus_has_not_count_as_not_found(fruits, retrieve, write_jsonl):
     qrels = [*QRELS, ("q1", "none", 1), ("q2", "none", 1), ("q2", "gone", 1), ("q3", "other", 0)]
     lines, printed = fruits(qrels=qrels)
     assert [line["relevant"] for line in lines] == [3, 3, 1]
-    said = "corpus.tsv: 2 relevant documents, of 2 queries, are not in it: they count as not found."
+    said = "corpus.tsv: relevant documents that are not in it: 2; queries that have one of them: 2. They count as not"
     assert said in printed and "recall@10: 0.6667 (" in printed  # (2/3 + 1/3 + 1) / 3
     rows = [{"query": "apple", "content": text, "label": 1} for text in ("apple and pear", "nowhere", "no where")]
     [line], printed = retrieve(write_jsonl("rows.jsonl", rows), "--corpus", "corpus.tsv", "--language", "en")
@@ -258,7 +258,7 @@ def test_relevant_documents_that_the_corpus_has_not_count_as_not_found(fruits, r
 def test_queries_without_a_relevant_document_are_left_out(fruits):
     lines, printed = fruits(qrels=[*QRELS[:2], ("q2", "d3", 0)])
     assert [line["query"] for line in lines] == ["apple"]
-    said = "queries.tsv: 1 queries with a relevant document (label 0.5 or more); without one and left out: 2."
+    said = "queries.tsv: queries with a relevant document (label 0.5 or more): 1. Without one, and left out: 2."
     assert said in printed
 
 
@@ -266,8 +266,8 @@ def test_queries_for_which_nothing_is_found_are_not_written_and_count_as_0(fruit
     queries = {**QUERIES, "q4": "quince", "q5": "???"}
     lines, printed = fruits(queries=queries, qrels=[*QRELS, ("q4", "d5", 1), ("q5", "d5", 1)])
     assert [line["query"] for line in lines] == [*QUERIES.values()]
-    assert "eval.jsonl: 3 queries, 6 candidates.\nNothing is found for 2 queries: they are not in the file" in printed
-    assert "recall@50: 0.6000 (" in printed and "mean over 5 queries" in printed
+    said = "eval.jsonl: queries: 3, candidates: 6.\nQueries for which nothing is found: 2. They are not in the file"
+    assert said in printed and "recall@50: 0.6000 (" in printed and "mean over all 5)" in printed
     assert "Queries with all their relevant documents among the first 50: 3; with none of them: 2." in printed
 
 
@@ -275,7 +275,7 @@ def test_qrels_of_unknown_queries_are_counted(fruits):
     expected, printed = fruits()
     assert "are not in queries.tsv" not in printed
     lines, printed = fruits(qrels=[*QRELS, ("q8", "d1", 1), ("q8", "d2", 1), ("q9", "d1", 0)])
-    assert lines == expected and "qrels.tsv: 2 queries are not in queries.tsv: their judgements are not" in printed
+    assert lines == expected and "qrels.tsv: queries that are not in queries.tsv: 2. Their judgements" in printed
 
 
 def test_queries_of_the_same_text_are_one_query_with_the_judgements_of_all(fruits, retrieve, write_jsonl):
@@ -283,16 +283,17 @@ def test_queries_of_the_same_text_are_one_query_with_the_judgements_of_all(fruit
     queries = {**QUERIES, "q4": "apple", "q5": "pear   cream"}
     lines, printed = fruits(queries=queries, qrels=[*QRELS, ("q4", "d2", 1), ("q4", "d3", 1), ("q5", "d1", 1)])
     assert [(line["query"], line["relevant"]) for line in lines] == [("apple", 3), ("pear cream", 2), ("plum", 1)]
-    assert "queries.tsv: 2 queries repeat the text of another" in printed
+    assert "queries.tsv: queries that repeat the text of another: 2." in printed
     rows = [{"query": query, "content": FRUITS["d1"], "label": 1} for query in ("apple", "apple", " apple")]
     [line], printed = retrieve(write_jsonl("rows.jsonl", rows), "--corpus", "corpus.tsv", "--language", "en")
-    assert line["relevant"] == 1 and "rows.jsonl: 1 queries repeat the text of another" in printed
+    assert line["relevant"] == 1 and "rows.jsonl: queries that repeat the text of another: 1." in printed
 
 
 def test_of_judgements_that_contradict_each_other_the_highest_counts(fruits):
     lines, printed = fruits(qrels=[*QRELS, ("q1", "d1", 0), ("q2", "d2", 0), ("q2", "d2", 1), ("q2", "d2", 1)])
     assert [(hits_of(line, "label"), line["relevant"]) for line in lines][:2] == [([1, 1], 2), ([1, 1, 0], 2)]
-    assert "2 judgements contradict another of the same query and document: the highest label counts." in printed
+    said = "Judgements that contradict another of the same query and document: 2. The highest label counts."
+    assert said in printed
 
 
 # ---- What is printed -------------------------------------------------------------------------
@@ -402,8 +403,8 @@ BAD = [
     ("qrels.tsv", [], r"qrels.tsv: no lines"),
     ("qrels.tsv", None, r"qrels.tsv: cannot be read: No such file"),
     ("qrels.tsv", ["q1 0 d1 0"], r"queries.tsv: no query has a relevant document"),
-    ("qrels.tsv", ["q1 0 d7 1"], r"corpus.tsv: none of the 1 relevant documents is in it. They are looked for by their "
-                                 r"id: in JSON _id, id, docid, in TSV the first column"),
+    ("qrels.tsv", ["q1 0 d7 1"], r"corpus.tsv: the relevant documents \(1\) are not in it. They are looked for by "
+                                 r"their id: in JSON _id, id, docid, in TSV the first column"),
     ("corpus.tsv", ["d1\tapple", "pear", "d2\t\u200b"],
      r"corpus.tsv: 2 bad lines\n  line 2: neither .*\n  line 3: content is blank\nA line of a corpus"),
     ("corpus.tsv", ["d1\tquince"], r"nothing is found for any query: no document has a word of one"),
@@ -413,7 +414,7 @@ BAD = [
     ("queries.tsv", GOOD["rows.jsonl"], r"queries.tsv: 1 bad lines\n(.*\n)*.* Rows that have their documents take"),
     ("rows.jsonl", ['{"query": "apple", "content": "apple pie", "label": 0}'], r"rows.jsonl: no query has a relevant"),
     ("rows.jsonl", ['{"query": "apple", "content": "pie", "label": 1}'],
-     r"corpus.tsv: none of the 1 relevant documents is in it. They are looked for by their whole text"),
+     r"corpus.tsv: the relevant documents \(1\) are not in it. They are looked for by their whole text"),
 ]  # fmt: skip
 
 

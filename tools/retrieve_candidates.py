@@ -99,6 +99,10 @@ class Query:
             self.contradictions += 1
         self.judgements[document] = max(earlier, label)
 
+    def has_relevant(self, middle):
+        """Whether a document was judged relevant: its label is `middle` or more."""
+        return any(label >= middle for label in self.judgements.values())
+
     def relevant_count(self):
         """How many relevant documents there are, in the corpus or not."""
         return len(self.relevant) + len(self.lost)
@@ -203,8 +207,8 @@ def read_judged_ids(options):
         elif normal_form(earlier.text) != normal_form(text):
             repeated += 1
     if repeated:
-        say(f"{options.queries}: {repeated} lines have the id of an earlier line and another text: "
-            "the earlier one counts.")
+        say(f"{options.queries}: lines with the id of an earlier one and another text: {repeated}. "
+            "The earlier one counts.")
 
     unknown = set()
     parse = partial(parse_judgement, options)
@@ -214,7 +218,7 @@ def read_judged_ids(options):
         else:
             unknown.add(name)
     if unknown:
-        say(f"{options.qrels}: {len(unknown)} queries are not in {options.queries}: their "
+        say(f"{options.qrels}: queries that are not in {options.queries}: {len(unknown)}. Their "
             "judgements are not used.")
     return list(queries.values())
 
@@ -232,20 +236,19 @@ def read_judged_queries(options):
     path = options.queries
     joined = sum(len(query.names) - 1 for query in queries)
     if joined:
-        say(f"{path}: {joined} queries repeat the text of another: each text is one query, with "
-            "the judgements of all.")
+        say(f"{path}: queries that repeat the text of another: {joined}. Each text is one query, "
+            "with the judgements of all.")
     contradictions = sum(query.contradictions for query in queries)
     if contradictions:
-        say(f"{contradictions} judgements contradict another of the same query and document: the "
-            "highest label counts.")
+        say("Judgements that contradict another of the same query and document: "
+            f"{contradictions}. The highest label counts.")
 
-    judged = [query for query in queries if max(query.judgements.values(), default=-math.inf)
-              >= options.middle]
+    judged = [query for query in queries if query.has_relevant(options.middle)]
     if not judged:
         raise UserError(f"{path}: no query has a relevant document, one with a label of "
                         f"{options.middle:g} or more")
-    say(f"{path}: {len(judged)} queries with a relevant document (label {options.middle:g} or "
-        f"more); without one and left out: {len(queries) - len(judged)}.")
+    say(f"{path}: queries with a relevant document (label {options.middle:g} or more): "
+        f"{len(judged)}. Without one, and left out: {len(queries) - len(judged)}.")
     return judged
 
 
@@ -272,13 +275,13 @@ class DistinctCorpus(Corpus):
 
 def say_documents(corpus, path):
     """Say how many documents there are, and what was found twice."""
-    say(f"{path}: {len(corpus)} documents.")
+    say(f"{path}: documents: {len(corpus)}.")
     if corpus.repeated_texts:
-        say(f"{path}: {corpus.repeated_texts} lines repeat the text of an earlier one: each text "
-            "is one document.")
+        say(f"{path}: lines that repeat the text of an earlier one: {corpus.repeated_texts}. Each "
+            "text is one document.")
     if corpus.repeated_ids:
-        say(f"{path}: {corpus.repeated_ids} lines have the id of an earlier line and another text: "
-            "the id means the earlier one.")
+        say(f"{path}: lines with the id of an earlier one and another text: "
+            f"{corpus.repeated_ids}. The id means the earlier one.")
 
 
 def find_judged(queries, corpus, options):
@@ -302,12 +305,12 @@ def find_judged(queries, corpus, options):
         how = "whole text, white space aside; a title stands before its document's text"
         if options.qrels:
             how = f"id: in JSON {', '.join(DOCUMENT_IDS)}, in TSV the first column"
-        raise UserError(f"{options.corpus}: none of the {len(lost)} relevant documents is in it. "
+        raise UserError(f"{options.corpus}: the relevant documents ({len(lost)}) are not in it. "
                         f"They are looked for by their {how}")
     if lost:
         count = sum(1 for query in queries if query.lost)
-        say(f"{options.corpus}: {len(lost)} relevant documents, of {count} queries, are not in it: "
-            "they count as not found.")
+        say(f"{options.corpus}: relevant documents that are not in it: {len(lost)}; queries that "
+            f"have one of them: {count}. They count as not found.")
 
 
 # ---- Search ----------------------------------------------------------------------------------
@@ -360,10 +363,10 @@ def say_outcome(queries, rankings, options):
     """Say what was written, and how much of what is relevant the search found."""
     found = [ranking.numbers for ranking in rankings]
     empty = found.count([])
-    say(f"{options.output}: {len(found) - empty} queries, {sum(map(len, found))} candidates.")
+    say(f"{options.output}: queries: {len(found) - empty}, candidates: {sum(map(len, found))}.")
     if empty:
-        say(f"Nothing is found for {empty} queries: they are not in the file, and count as 0 in "
-            "recall.")
+        say(f"Queries for which nothing is found: {empty}. They are not in the file, and count as "
+            "0 in recall.")
     say_recall(queries, found, options.k)
     say_unjudged(queries, found, options)
 
@@ -374,14 +377,23 @@ def say_outcome(queries, rankings, options):
         f"{shlex.quote(options.output)}{scale}")
 
 
+def recalls_at(cutoff, queries, found):
+    """The recall of each query among the first `cutoff` of the documents found for it."""
+    recalls = []
+    for query, numbers in zip(queries, found, strict=True):
+        recalls.append(query.recall(numbers[:cutoff]))
+    return recalls
+
+
 def say_recall(queries, found, k):
-    """Say recall@10 and recall@k of the documents that were found for each query."""
+    """Say recall@10 and recall@k, means over the queries, of the documents found for each."""
     for cutoff in sorted({min(10, k), k}):
-        recalls = [query.recall(numbers[:cutoff])
-                   for query, numbers in zip(queries, found, strict=True)]
+        recalls = recalls_at(cutoff, queries, found)
         mean = sum(recalls) / len(recalls)
         say(f"recall@{cutoff}: {mean:.4f} (the share of a query's relevant documents that is among "
-            f"its first {cutoff}, mean over {len(queries)} queries)")
+            f"its first {cutoff}, mean over all {len(queries)})")
+
+    recalls = recalls_at(k, queries, found)
     say(f"Queries with all their relevant documents among the first {k}: {recalls.count(1)}; with "
         f"none of them: {recalls.count(0)}.")
     if min(recalls) < 1:
