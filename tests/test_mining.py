@@ -19,6 +19,7 @@ from conftest import ROOT, TINY
 
 sys.path.insert(0, str(ROOT / "tools"))
 import mine_hard_negatives as miner  # noqa: E402
+import retrieval  # noqa: E402
 
 from train_bert_rerank import BertRerankerModel  # noqa: E402
 
@@ -63,7 +64,7 @@ def test_bm25_ranks_as_another_implementation(language):
     for words in over half the documents, finds the known document about as often."""
     from rank_bm25 import BM25Okapi
 
-    tokenize, draw = miner.tokenizer_of(language), random.Random(0)
+    tokenize, draw = retrieval.tokenizer_of(language), random.Random(0)
     documents = DOCUMENTS if language == "zh" else ENGLISH
     queries, known = [row["query"] for row in ROWS], [DOCUMENTS.index(row["content"]) for row in ROWS]
     if language == "en":
@@ -72,16 +73,17 @@ def test_bm25_ranks_as_another_implementation(language):
     else:
         known = [number for number, row in zip(known, ROWS, strict=True) if row["label"] == 1]
         queries = [row["query"] for row in ROWS if row["label"] == 1]
-    found = miner.bm25_candidates(documents, queries, tokenize, 10)
+    found = retrieval.bm25_candidates(documents, queries, tokenize, 10)
+    ours = [ranking.numbers for ranking in found]
     other = BM25Okapi(list(map(tokenize, documents)), k1=1.5, b=0.75)
     theirs = [np.argsort(-other.get_scores(tokenize(query)), kind="stable")[:10] for query in queries]
     recalls = [np.mean([number in numbers for number, numbers in zip(known, each, strict=True)])
-               for each in (found, theirs)]  # fmt: skip
+               for each in (ours, theirs)]  # fmt: skip
     assert recalls[0] > 0.6 and abs(recalls[0] - recalls[1]) < 0.08
     containing = Counter(term for each in other.doc_freqs for term in each)
     other.idf = {term: math.log(1 + (len(documents) - count + 0.5) / (count + 0.5))
                  for term, count in containing.items()}  # fmt: skip
-    for query, numbers in zip(queries, found, strict=True):
+    for query, (numbers, _) in zip(queries, found, strict=True):
         scores = other.get_scores(tokenize(query))
         expected = np.sort(scores[scores > 0])[::-1][:10]
         assert len(set(numbers)) == len(numbers) == len(expected)
@@ -90,8 +92,8 @@ def test_bm25_ranks_as_another_implementation(language):
 
 def test_words_are_stems_and_those_of_jieba():
     """Punctuation is no word, and case does not count."""
-    assert miner.tokenizer_of("en")("Wings, fluttering") == ["wing", "flutter"]
-    assert miner.tokenizer_of("zh")("清洗 S21 的滤网。") == ["清洗", "s21", "的", "滤网"]
+    assert retrieval.tokenizer_of("en")("Wings, fluttering") == ["wing", "flutter"]
+    assert retrieval.tokenizer_of("zh")("清洗 S21 的滤网。") == ["清洗", "s21", "的", "滤网"]
 
 
 @pytest.mark.parametrize("chunk", [7, 10_000])
@@ -99,10 +101,11 @@ def test_embedding_candidates_are_those_of_a_full_search(monkeypatch, chunk):
     """Whether the corpus is embedded in one go or in pieces."""
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(TINY, device=str(miner.DEVICE))  # the mean over its tokens
-    monkeypatch.setattr(miner, "CHUNK", chunk)
+    model = SentenceTransformer(TINY, device=str(retrieval.DEVICE))  # the mean over its tokens
+    monkeypatch.setattr(retrieval, "CHUNK", chunk)
     queries = [row["query"] for row in POSITIVES]
-    found = miner.embedding_candidates(iter(DOCUMENTS[:40]), queries, TINY, 12)
+    rankings = retrieval.embedding_candidates(iter(DOCUMENTS[:40]), queries, TINY, 12)
+    found = [ranking.numbers for ranking in rankings]
     sides = torch.tensor(model.encode(queries))[:, None], torch.tensor(model.encode(DOCUMENTS[:40]))
     scores = torch.nn.functional.cosine_similarity(*sides, dim=-1)
     torch.testing.assert_close(scores.gather(1, torch.tensor(found)), scores.topk(12).values, rtol=0, atol=1e-5)
@@ -111,7 +114,9 @@ def test_embedding_candidates_are_those_of_a_full_search(monkeypatch, chunk):
 
 def test_fusion_is_reciprocal_rank_fusion():
     """Of equals the first document comes first."""
-    assert miner.fuse([[4, 5, 3], [1, 2, 3]]) == [3, 1, 4, 2, 5]  # 2/63, 1/61 twice, 1/62 twice
+    rankings = [retrieval.Ranking(numbers, [3, 2, 1]) for numbers in ([4, 5, 3], [1, 2, 3])]
+    expected = [3, 1, 4, 2, 5], [2 / 63, 1 / 61, 1 / 61, 1 / 62, 1 / 62]
+    assert retrieval.fuse(rankings, 5) == expected and retrieval.fuse(rankings, 2).numbers == [3, 1]
 
 
 def test_each_filter_keeps_what_is_below_its_limit_and_nothing_else(mine, reranker):
@@ -150,7 +155,7 @@ def test_the_median_of_several_positives_counts(mine, reranker):
 def test_known_rows_and_repeated_texts_are_not_mined(mine):
     """Not even where white space differs; labels above the middle of the scale are positives, those below are not."""
     query, text = POSITIVES[0]["query"], POSITIVES[0]["content"]
-    candidates = miner.bm25_candidates(DOCUMENTS, [query], miner.tokenizer_of("zh"), 5)[0]
+    candidates = retrieval.bm25_candidates(DOCUMENTS, [query], retrieval.tokenizer_of("zh"), 5)[0].numbers
     irrelevant, repeated = [DOCUMENTS[number] for number in candidates if DOCUMENTS[number] != text][:2]
     rows = [{"query": query, "content": text, "label": 3}, {"query": query, "content": irrelevant, "label": 1},
             {"query": "别的问题", "content": text, "label": 0}]  # fmt: skip
@@ -167,9 +172,9 @@ def test_known_rows_and_repeated_texts_are_not_mined(mine):
 
 def test_ranks_and_number_of_negatives(mine):
     queries = [row["query"] for row in POSITIVES]
-    found = miner.bm25_candidates(DOCUMENTS, queries, miner.tokenizer_of("zh"), 9)
+    found = retrieval.bm25_candidates(DOCUMENTS, queries, retrieval.tokenizer_of("zh"), 9)
     mined, _ = mine("out.jsonl", POSITIVES, DOCUMENTS, *ALL, "--range_min", 4, "--range_max", 9, "--num_negatives", 5)
-    for row, numbers in zip(POSITIVES, found, strict=True):
+    for row, (numbers, _) in zip(POSITIVES, found, strict=True):
         assert {*mined[row["query"]]} == {DOCUMENTS[number] for number in numbers[4:]} - {row["content"]}
     mined, _ = mine("out.jsonl", POSITIVES, DOCUMENTS, *ALL, "--num_negatives", 3)
     assert all(len(mined[query]) == 3 for query in queries)

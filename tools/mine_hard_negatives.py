@@ -25,44 +25,38 @@ import gzip
 import hashlib
 import json
 import math
-import os
 import random
-import re
-import shlex
 import sys
 import tempfile
-import zlib
-from array import array
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain, islice
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from convert_data import check_output  # noqa: E402
+from retrieval import (  # noqa: E402
+    DEVICE,
+    WORDS_BY,
+    Corpus,
+    Retriever,
+    bare,
+    read_corpus,
+    search_language,
+)
 
 from train_bert_rerank import (  # noqa: E402
-    LONGEST_LINE,
     BertRerankerModel,
     UserError,
-    language_of,
     printable,
     read_rows,
     say,
     seed_everything,
     whole_file,
 )
-
-DEVICE = torch.device("cpu")
-if torch.accelerator.is_available():
-    DEVICE = torch.accelerator.current_accelerator()
 
 
 # ---- Queries ---------------------------------------------------------------------------------
@@ -88,262 +82,6 @@ def read_queries(options, digest):
     return list(queries.values())
 
 
-# ---- Corpus ----------------------------------------------------------------------------------
-ADVICE = ('A line of a corpus, in UTF-8, should be {"content": "…"} in JSON (or text, contents; '
-          "title before it), or id<TAB>text.")
-NOT_UTF8 = "not UTF-8"
-GZIP_MAGIC = b"\x1f\x8b"
-SHOWN = 10  # bad lines in a message
-
-
-@dataclass
-class Corpus:
-    """The texts of the documents, on disk, since a million Python strings would fill the memory."""
-    store: BinaryIO  # the texts, one after the other
-    ends: array  # [N + 1]: 0, and where each of N texts ends
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def text(self, number):
-        """The text of a document."""
-        self.store.seek(self.ends[number])
-        return self.store.read(self.ends[number + 1] - self.ends[number]).decode()
-
-    def texts(self):
-        """All texts in their order, one at a time."""
-        return map(self.text, range(len(self)))
-
-
-def text_of_json(line):
-    """Title and body of a document in JSON; ValueError says what is wrong."""
-    sample = json.loads(line)
-    if not isinstance(sample, dict):
-        raise ValueError("not a JSON object")
-
-    bodies = [sample.get(key) for key in ("content", "text", "contents")]
-    body = next((body for body in bodies if body is not None), None)
-    title = sample.get("title") or ""
-    if body is None:
-        raise ValueError("content is missing")
-    if not isinstance(body, str) or not isinstance(title, str):
-        raise ValueError("content or title is no text")
-
-    text = f"{title} {body}".strip()
-    text.encode()  # raises UnicodeEncodeError, a ValueError, for half of a surrogate pair
-    return text
-
-
-def parse_document(line, is_json):
-    """The text of a line of a corpus; ValueError says what is wrong."""
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(NOT_UTF8) from error
-    if is_json:
-        text = text_of_json(text)
-    else:
-        _, tab, text = text.partition("\t")
-        if not tab:
-            raise ValueError("neither a JSON object nor id<TAB>text")
-    if not text.strip():
-        raise ValueError("the text is blank")
-    return text.strip()
-
-
-def corpus_lines(path, digest):
-    """Yield (number, line) of a corpus, plain or gzip, blank lines left out.
-
-    All its bytes go into `digest`. UserError where it cannot be read.
-    """
-    with open(path, "rb") as raw, tqdm(desc="Loading corpus", total=os.path.getsize(path),
-                                       unit="B", unit_scale=True) as bar:
-        is_gzip = raw.peek(2)[:2] == GZIP_MAGIC
-        file = gzip.GzipFile(fileobj=raw) if is_gzip else raw
-        read_line = partial(file.readline, LONGEST_LINE + 1)
-        for number, line in enumerate(iter(read_line, b""), start=1):
-            if len(line) > LONGEST_LINE:
-                raise UserError(f"{path}: line {number} is longer than {LONGEST_LINE >> 20} MB. "
-                                f"{ADVICE}")
-            digest.update(line)
-            bar.update(raw.tell() - bar.n)
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield number, line
-
-
-def read_corpus(path, store, digest):
-    """The Corpus in a file, its texts written to the file `store`, all its bytes into `digest`.
-
-    UserError with the first ten bad lines.
-    """
-    ends = array("q", [0])
-    problems, bad_count = "", 0
-    is_json = None
-    try:
-        for number, line in corpus_lines(path, digest):
-            if is_json is None:  # as the first line has it
-                is_json = line.lstrip().startswith(b"{")
-            try:
-                text = parse_document(line, is_json)
-            except (ValueError, RecursionError) as error:
-                bad_count += 1
-                if bad_count <= SHOWN:
-                    problems += f"\n  line {number}: {error}"
-            else:
-                ends.append(ends[-1] + store.write(text.encode()))
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read or copied: {reason}") from error
-
-    if bad_count > SHOWN:
-        problems += f"\n  … and {bad_count - SHOWN} more"
-    if NOT_UTF8 in problems:
-        for name, encoding in (("Chinese of Windows", "GB18030"), ("'Unicode text'", "UTF-16")):
-            words = ["iconv", "-f", encoding, "-t", "UTF-8", path]
-            problems += f"\n{name} is made UTF-8 by: {shlex.join(words)} > corpus.utf8"
-    if bad_count:
-        raise UserError(f"{path}: {bad_count} bad lines{problems}\n{ADVICE}")
-    if len(ends) == 1:
-        raise UserError(f"{path}: no lines\n{ADVICE}")
-    return Corpus(store, ends)
-
-
-# ---- Search ----------------------------------------------------------------------------------
-CHUNK = 10_000  # documents that are embedded before the best so far are kept
-MOST_SCORES = 100_000_000  # of queries and documents at once: 0.4 GB
-RRF_K = 60  # Cormack et al.'s constant; their ranks count from 1
-
-
-def search_language(options, queries, corpus):
-    """The language, "zh" or "en", by whose words BM25 searches.
-
-    UserError where "auto" cannot tell it from the first 500 `queries` and documents.
-    """
-    if options.language != "auto":
-        return options.language
-    language = language_of(chain(queries[:500], islice(corpus.texts(), 500)))
-    if language not in ("zh", "en"):
-        raise UserError("the language is neither clearly Chinese nor English: pass --language zh "
-                        "or en")
-    return language
-
-
-def tokenizer_of(language):
-    """A function from a text to its terms.
-
-    Of Chinese: jieba's words with the shorter ones in them; of English: the stems of words.
-    """
-    if language == "zh":
-        import jieba
-
-        jieba.setLogLevel("WARNING")
-
-        def words(text):
-            return [word for word in jieba.lcut_for_search(text.lower()) if word[0].isalnum()]
-
-        return words
-    import Stemmer
-
-    stemmer = Stemmer.Stemmer("english")
-    return lambda text: stemmer.stemWords(re.findall(r"\w+", text.lower()))
-
-
-def bm25_candidates(documents, queries, tokenize, count):
-    """The numbers of the `count` documents with the highest BM25 above 0 for each query.
-
-    Best first, of equals the first. Lucene's variant, k1 1.5, b 0.75. All terms that are in no
-    query are one to the index: they only count towards the length of a document.
-    """
-    import bm25s
-
-    terms = [tokenize(query) for query in queries]
-    vocabulary = {"": 0}  # 0: the terms that are in no query
-    for term in chain(*terms):
-        vocabulary.setdefault(term, len(vocabulary))
-
-    ids = []
-    for text in tqdm(documents, "Tokenizing corpus"):
-        ids.append(array("i", [vocabulary.get(term, 0) for term in tokenize(text)]))
-    index = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
-    index.index((ids, vocabulary))
-
-    count = min(count, len(ids))
-    candidates = []
-    for query_terms in tqdm(terms, "Searching by BM25"):
-        scores = index.get_scores_from_ids([vocabulary[term] for term in query_terms])
-        candidates.append(best_above_zero(scores, count))
-    return candidates
-
-
-def best_above_zero(scores, count):
-    """The places of the `count` highest scores [N] above 0, highest first, of equals the first.
-
-    [0, 2, 1, 2, 1] and 3: [1, 3, 2].
-    """
-    # Of a million scores only those are sorted that are as high as the lowest of the result.
-    lowest = np.partition(scores, -count)[-count]
-    lowest = max(lowest, np.finfo(scores.dtype).tiny)
-    places = np.flatnonzero(scores >= lowest)
-    order = np.argsort(-scores[places], kind="stable")
-    return places[order][:count].tolist()
-
-
-def embedding_candidates(documents, queries, name, count):
-    """The numbers of the `count` documents nearest to each query, best first.
-
-    By the cosine under the embedding model `name`.
-    """
-    from sentence_transformers import SentenceTransformer
-
-    try:
-        model = SentenceTransformer(name, device=str(DEVICE))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error)[:500]
-        raise UserError(f"--embedding_model {name} cannot be loaded: {reason}") from error
-    options = {"normalize_embeddings": True, "convert_to_tensor": True, "show_progress_bar": False}
-    query_vectors = model.encode_query(queries, **options)  # [Q, H]
-
-    # The best so far: scores and numbers, both [Q, up to `count`]
-    scores = query_vectors.new_zeros(len(queries), 0)
-    numbers = torch.zeros(len(queries), 0, dtype=torch.long).to(DEVICE)
-    documents = iter(documents)
-    size = min(CHUNK, MOST_SCORES // len(queries) + 1)
-    with tqdm(desc="Searching by embeddings", unit="documents") as bar:
-        while chunk := list(islice(documents, size)):
-            vectors = model.encode_document(chunk, **options)  # [C, H]
-            chunk_numbers = torch.arange(bar.n, bar.n + len(chunk), device=DEVICE)
-            chunk_numbers = chunk_numbers.expand(len(queries), -1)  # [Q, C]
-            scores = torch.cat([scores, query_vectors @ vectors.T], dim=1)
-            numbers = torch.cat([numbers, chunk_numbers], dim=1)
-
-            scores, kept = scores.topk(min(count, scores.shape[1]))
-            numbers = numbers.gather(1, kept)
-            bar.update(len(chunk))
-    return numbers.tolist()
-
-
-def fuse(rankings):
-    """One ranking of several: reciprocal rank fusion."""
-    weights = Counter()
-    for ranking in rankings:
-        for rank, number in enumerate(ranking, start=1):
-            weights[number] += 1 / (RRF_K + rank)
-    return sorted(weights, key=lambda number: (-weights[number], number))
-
-
-def search(queries, corpus, language, options):
-    """The numbers of the first range_max documents for each query."""
-    count = options.range_max
-    candidates = bm25_candidates(corpus.texts(), queries, tokenizer_of(language), count)
-    if options.embedding_model:
-        nearest = embedding_candidates(corpus.texts(), queries, options.embedding_model, count)
-        rankings = zip(candidates, nearest, strict=True)
-        candidates = [fuse(both)[:count] for both in rankings]
-    return candidates
-
-
 # ---- Candidates of a query -------------------------------------------------------------------
 NOT_NEEDED = "not needed"  # it could be a negative, but there are enough
 
@@ -367,11 +105,6 @@ class Mined:
     def texts(self):
         """The texts of the negatives."""
         return [negative.text for negative in self.negatives]
-
-
-def bare(text):
-    """A text without its white space: texts that differ in that alone are the same."""
-    return "".join(text.split())
 
 
 def screen(query, corpus, options):
@@ -609,9 +342,6 @@ def lines_of(query, rows):
 
 
 # ---- A run -----------------------------------------------------------------------------------
-WORDS_BY = {"zh": "jieba (zh)", "en": "the English stemmer of PyStemmer (en)"}
-
-
 def mine(options):
     """Mine as the command line says; returns the report."""
     output = Path(options.output)
@@ -631,9 +361,10 @@ def mine(options):
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=output.parent) as store:  # of as many bytes as the texts have
-        corpus = read_corpus(options.corpus, store, digest)
+        corpus = Corpus(store)
+        read_corpus(options.corpus, corpus, digest)
         texts = [query.text for query in searched]
-        language = search_language(options, texts, corpus)
+        language = search_language(options.language, texts, corpus)
         say(f"{len(corpus)} documents, {len(texts)} queries. Words by {WORDS_BY[language]}.")
         settings = [language, options.embedding_model, options.range_min, options.range_max,
                     options.middle]
@@ -641,7 +372,9 @@ def mine(options):
 
         lines = earlier_lines(sidecar, key)
         if not lines:
-            numbers = search(texts, corpus, language, options)
+            retriever = Retriever(language, options.embedding_model)
+            rankings = retriever.search(texts, corpus, options.range_max)
+            numbers = [ranking.numbers for ranking in rankings]
             lines = [json.dumps(numbers).encode() + b"\n"]
         try:
             restore(searched, lines, corpus, options)
