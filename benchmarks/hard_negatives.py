@@ -41,6 +41,7 @@ from default_run import ROOT, read, write_rows
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import mine_hard_negatives as miner  # noqa: E402
+import retrieval  # noqa: E402
 
 import train_bert_rerank as product  # noqa: E402
 
@@ -115,9 +116,9 @@ def mine(options):
         print(f"{arm}: {len(positives)} positives, {len(negatives)} negatives")
     labels = {(row["query"], row["content"]): row["label"] for row in eval_rows}
     queries, rows = list(dict.fromkeys(row["query"] for row in eval_rows)), []
-    for query, numbers in zip(queries, miner.bm25_candidates(documents, queries, miner.tokenizer_of(language), 50),
-                              strict=True):  # fmt: skip
-        texts = {documents[number]: rank for rank, number in enumerate(numbers)}
+    rankings = retrieval.bm25_candidates(documents, queries, retrieval.tokenizer_of(language), 50)
+    for query, ranking in zip(queries, rankings, strict=True):
+        texts = {documents[number]: rank for rank, number in enumerate(ranking.numbers)}
         texts |= {text: None for each, text in labels if each == query and labels[each, text] and text not in texts}
         rows += [{"query": query, "content": text, "label": labels.get((query, text), 0), "rank": rank}
                  for text, rank in texts.items()]  # fmt: skip
@@ -199,9 +200,10 @@ def recall(options):
     for row in eval_rows:
         if row["label"] > 0:
             relevant.setdefault(row["query"], set()).add(row["content"])
-    tokenize = miner.tokenizer_of(language)
+    tokenize = retrieval.tokenizer_of(language)
     other = BM25Okapi(list(map(tokenize, documents)), k1=1.5, b=0.75)
-    rankings = {"bm25s, Lucene's variant": miner.bm25_candidates(documents, list(relevant), tokenize, 100),
+    ours = retrieval.bm25_candidates(documents, list(relevant), tokenize, 100)
+    rankings = {"bm25s, Lucene's variant": [ranking.numbers for ranking in ours],
                 "rank_bm25, BM25Okapi": [np.argsort(-other.get_scores(tokenize(query)), kind="stable")[:100].tolist()
                                          for query in relevant]}  # fmt: skip
     print(f"| mean over {len(relevant)} queries | recall@10 | recall@50 | recall@100 |\n{'| --- ' * 4}|")
