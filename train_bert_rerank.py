@@ -1078,9 +1078,14 @@ def check_label(label, min_label, max_label):
 def check_score(score):
     """ValueError unless `score`, the retriever's, is a finite number."""
     if isinstance(score, str):
-        raise ValueError(f"score is {json.dumps(score)[:40]}: drop the quotes")
+        raise ValueError(
+            f"score is {json.dumps(score)[:40]}: drop the quotes, or call the key something else "
+            "if it is no retriever's score"
+        )
     if type(score) not in (int, float):
-        raise ValueError(f"score is {json.dumps(score)[:40]}: it should be a number")
+        raise ValueError(
+            f"score is {json.dumps(score)[:40]}: it should be a number, the retriever's"
+        )
     if not is_finite(score):
         raise ValueError(f"score is {str(score)[:40]}: it should be a finite number")
 
@@ -1097,8 +1102,8 @@ def check_relevant(relevant):
     """ValueError unless `relevant` is a number of documents."""
     if type(relevant) is not int or not 0 <= relevant < 1 << 63:
         raise ValueError(
-            f"relevant is {json.dumps(relevant)[:40]}: it should be the number of documents that "
-            "are relevant to the query, found or not"
+            f"relevant is {json.dumps(relevant)[:40]}: it should be a whole number, of the documents "
+            "that are relevant to the query, found or not"
         )
 
 
@@ -1312,25 +1317,28 @@ def warn_of_spellings(rows, paths):
 
 def require_whole_lists(rows, paths, middle):
     """UserError, with the lines, where a query has the retriever's scores of some of its rows only,
-    or more than one number of relevant documents, or one that its rows with labels from `middle` on
-    exceed."""
+    or more than one number of relevant documents, or one that its documents with labels from
+    `middle` on exceed."""
     _, query_of_row = np.unique(rows["query"], return_inverse=True)
     count = np.bincount(query_of_row)
     is_scored = ~np.isnan(rows["score"])
     scored = np.bincount(query_of_row, is_scored)
     is_part = (scored > 0) & (scored < count)
 
-    relevant = rows["relevant"]
-    most = np.full(len(count), -1)
+    relevant, (_, no_number) = rows["relevant"], NOT_THERE
+    most = np.full(len(count), no_number)
     np.maximum.at(most, query_of_row, relevant)
-    found = np.bincount(query_of_row, rows["label"] >= middle)
+    is_other = (relevant != no_number) & (relevant != most[query_of_row])
+    is_relevant = rows["label"] >= middle
+    _, documents = np.unique(rows["pair"][is_relevant], return_index=True)  # each counts once
+    found = np.bincount(query_of_row[is_relevant][documents], minlength=len(count))
     is_exceeded = (most >= 0) & (found > most)
 
     lacks_score = is_part[query_of_row] & ~is_scored
     problems = [
         (lacks_score, "score is missing, and other rows of its query have one"),
-        (relevant != most[query_of_row], "relevant is not what another line of its query says"),
-        (is_exceeded[query_of_row], "relevant is less than the relevant rows of its query"),
+        (is_other, "relevant is less than on another line of its query"),
+        (is_exceeded[query_of_row], "relevant is less than the relevant documents that are here"),
     ]
     for file, path in enumerate(paths):
         bad_lines = BadLines()
@@ -1339,8 +1347,8 @@ def require_whole_lists(rows, paths, middle):
                 bad_lines.add(line, problem)
         if bad_lines.count:
             advice = (
-                "Give all rows of a query the retriever's score, or none, and a query one "
-                '"relevant", the number of its relevant documents, found or not, or none.'
+                "Give all rows of a query the retriever's score, or none, and a query one number "
+                '"relevant", that of its relevant documents, found or not.'
             )
             raise UserError(bad_lines.message(path, advice))
 
@@ -1882,8 +1890,17 @@ class BertRerankerModel(torch.nn.Module):
 
     @property
     def retriever_weight(self) -> float:
-        """Share of the retriever's score where rank() mixes it in, as the config holds it."""
-        return getattr(self.model.config, "retriever_weight", 0.0)
+        """Share of the retriever's score where rank() mixes it in, as the config holds it; UserError
+        for what is none."""
+        weight = getattr(self.model.config, "retriever_weight", None)
+        if weight is None:
+            return 0.0
+        if type(weight) not in (int, float) or not 0 <= weight <= 1:
+            raise UserError(
+                f"retriever_weight in the model's config.json is {weight!r}: it should be a number "
+                "from 0 to 1"
+            )
+        return float(weight)
 
     @property
     def plain_tokenizer(self):
@@ -2056,8 +2073,8 @@ class BertRerankerModel(torch.nn.Module):
         CrossEncoder.rank. TypeError or ValueError for what are no texts.
 
         With `retriever_scores`, one of each document, any scale, higher is better, the order is
-        that of mixed_score: mixture() with the config's retriever_weight. score stays the model's
-        own."""
+        that of mixed_score: mixture() with the config's retriever_weight (0, the model's order,
+        where it holds none). score stays the model's own."""
         if top_k is not None:
             check_whole_number("top_k", top_k)
         check_scorable("query", query)
@@ -2114,16 +2131,19 @@ def standardised(scores, rounding):
 def checked_scores(scores, count):
     """The retriever's `scores` of `count` documents as float64 [count]; TypeError or ValueError for
     what are not as many finite numbers."""
-    if isinstance(scores, torch.Tensor):
+    if isinstance(scores, torch.Tensor) and scores.dim() == 1:
         scores = scores.tolist()
     scores = in_a_list("retriever_scores", scores, "numbers")
     if len(scores) != count:
         raise ValueError(f"retriever_scores has {len(scores)} values for {count} documents")
     for index, score in enumerate(scores):
-        if not isinstance(score, (int, float, np.integer, np.floating)):
+        is_number = isinstance(score, (int, float, np.integer, np.floating))
+        if not is_number or isinstance(score, bool):
             raise TypeError(f"retriever_scores[{index}] should be a number, not {shown(score)}")
         if not is_finite(score):
-            raise ValueError(f"retriever_scores[{index}] is {score}: it should be a finite number")
+            raise ValueError(
+                f"retriever_scores[{index}] is {str(score)[:40]}: it should be a finite number"
+            )
     return np.array(scores, dtype=np.float64)
 
 
@@ -2159,7 +2179,8 @@ def in_a_list(name, values, elements):
     table."""
     has_no_order = isinstance(values, (str, bytes, dict, set)) or not isinstance(values, Iterable)
     is_table = hasattr(values, "columns")  # of pandas: its elements are the names of its columns
-    if has_no_order or is_table:
+    is_single = getattr(values, "shape", None) == ()  # of numpy and torch: a number
+    if has_no_order or is_table or is_single:
         raise TypeError(f"{name} should be a list of {elements}, not {shown(values)}")
     return list(values)
 
@@ -2459,10 +2480,8 @@ def tie_groups(scores):
     Scores that differ by rounding only are ties, and metrics give them what random order gives on
     average (McSherry and Najork 2008). Three documents tie for places 2 to 4, one of them relevant:
     it stands at each of these places as often, so that its expected discount is the mean of those
-    of places 2, 3 and 4, and its expected reciprocal rank (1/2 + 1/3 + 1/4) / 3. Of whole numbers,
-    which are places in an order rather than scores, only equal ones are ties."""
-    is_order = np.issubdtype(scores.dtype, np.integer)
-    tolerance = 0.5 if is_order else rounding_of(scores)
+    of places 2, 3 and 4, and its expected reciprocal rank (1/2 + 1/3 + 1/4) / 3."""
+    tolerance = rounding_of(scores)
     order = np.argsort(-scores)
     falling = scores[order]
     is_first = np.append(True, falling[:-1] - falling[1:] > tolerance)  # of its group
@@ -2489,7 +2508,7 @@ def ndcg_at_k(labels, scores, k=10, not_found=0):
     """NDCG@k of one query, linear gain as in trec_eval; labels [N] in [0, 1], not all 0. The ideal
     order also has `not_found` documents with label 1, which are not among those that are ranked."""
     gain = expected_gain(labels, scores, discounts(len(labels), k))
-    of_all = np.append(labels, np.ones(not_found, labels.dtype))
+    of_all = np.append(labels, np.ones(min(not_found, k), labels.dtype))
     ideal = (np.sort(of_all)[::-1] * discounts(len(of_all), k)).sum()
     return gain / ideal
 
@@ -2706,18 +2725,26 @@ class Retrieved:
     scores: np.ndarray  # [M], the retriever's, higher is better
     labels: np.ndarray  # [M]
     lists: dict  # candidate_lists() of these rows
-    weight: float  # of the retriever, as the model's config has it; 0: one is to be chosen
+    weight: float  # the retriever_weight of the model's config; 0: a share is to be chosen
 
     @property
     def shares(self):
-        """The shares [S] of the retriever that are measured."""
-        return (self.weight,) if self.weight else SHARES
+        """The shares [S] of the retriever that are measured: from 0, the model alone, to 1, the
+        retriever alone."""
+        return (0.0, self.weight, 1.0) if self.weight else SHARES
+
+    @property
+    def choices(self):
+        """The places in `shares` of those that a mixture may have."""
+        return [1] if self.weight else list(range(len(SHARES)))
 
     @cached_property
     def order(self):
-        """Whole numbers [M] in the order of the retriever's scores, whatever their scale: equal ones
-        alone are ties."""
-        _, order = np.unique(self.scores, return_inverse=True)
+        """The retriever's scores [M] as places within each query's list, from the worst, 0: whatever
+        their scale, and only equal scores are ties. Scores of two queries say nothing together."""
+        order = np.empty(len(self.scores))
+        for rows in self.lists["all"]:
+            _, order[rows] = np.unique(self.scores[rows], return_inverse=True)
         return order
 
     def mixed(self, scores, share):
@@ -2734,23 +2761,24 @@ class Retrieved:
         return mixed
 
     def values_of(self, metric, scores):
-        """metric_values() [2 + S, V'] of logits of all rows [N]: of the model alone, of the
-        retriever alone, of their mixtures by share. Of average precision over pairs there are no
-        mixtures: what is standardised within a query cannot be compared with another's."""
-        orders = [self.mixed(scores, 0), self.mixed(scores, 1)]
-        if ranking_metric(metric):
-            orders += [self.mixed(scores, share) for share in self.shares]
+        """metric_values() [S, V'] of logits of all rows [N], mixed with each share."""
         values = []
-        for order in orders:
-            values.append(metric_values(metric, self.lists[metric], self.labels, order))
+        for share in self.shares:
+            mixed = self.mixed(scores, share)
+            values.append(metric_values(metric, self.lists[metric], self.labels, mixed))
         return np.array(values)
 
     def metrics_with(self, scores, share):
-        """All metrics of the mixture of logits [N] and the retriever's `share`."""
+        """All metrics of a ranking, of logits [N] mixed with the retriever's `share`; those of all
+        pairs together are None."""
         metrics = metrics_of(self.lists, self.labels, self.mixed(scores, share))
-        if 0 < share < 1:
-            metrics.update(average_precision=None, best_f1=None)  # as values_of() says
-        return metrics
+        return {**metrics, "average_precision": None, "best_f1": None}
+
+
+def metric_of_search(metric):
+    """The metric by which a model is compared with a retriever, where weights are compared by
+    `metric`: one of a ranking, since over all pairs a retriever's scores cannot be compared."""
+    return metric if ranking_metric(metric) else "ndcg@10"
 
 
 def mention_retriever(dataset, metric):
@@ -2758,6 +2786,7 @@ def mention_retriever(dataset, metric):
     retrieved = dataset.retrieved
     if retrieved is None:
         return
+    metric = metric_of_search(metric)
     count = f"{len(retrieved.lists['all'])} of {len(dataset.lists['all'])} eval queries"
     value = retrieved.metrics_with(np.zeros(len(dataset)), 1)[metric]
     worth = "none of them can be ranked" if value is None else f"its order has {metric} {value:.4f}"
@@ -2829,7 +2858,7 @@ class Candidate:
     # Of weights or scores that are not finite there are no values, and the metrics are None:
     metrics: dict = field(default_factory=dict)
     values: torch.Tensor | None = None  # [V], those of metric_values()
-    with_retriever: torch.Tensor | None = None  # [2 + S, V'], those of Retrieved.values_of()
+    with_retriever: torch.Tensor | None = None  # [S, V'], those of Retrieved.values_of()
     quality: float = -math.inf  # their mean, rounded lest noise decides which candidate is best
     has_new_head: bool = False  # whether its head was drawn at random and never trained
     logged: dict = field(default_factory=dict)  # scalars, by name
@@ -3081,7 +3110,7 @@ def load_base(args):
     model.tokenizer.model_max_length = max_len
     config = model.model.config
     if args["epochs"]:
-        vars(config).pop("retriever_weight", None)  # it was that of other weights
+        vars(config).pop("retriever_weight", None)  # this run finds one, where it has scores
     for key in ("query_format", "document_format"):
         if args[key] != "{}":
             config.update({key: args[key]})
@@ -3613,7 +3642,7 @@ def fill_in(candidate, dataset, metric):
     candidate.values = torch.from_numpy(values)
     candidate.quality = round(float(values.mean()), 9)
     if dataset.retrieved:
-        with_retriever = dataset.retrieved.values_of(metric, scores)
+        with_retriever = dataset.retrieved.values_of(metric_of_search(metric), scores)
         candidate.with_retriever = torch.from_numpy(with_retriever)
     # A mixture is not logged: its step in the log is that of what it is made of.
     if not candidate.base_interpolation:
@@ -4278,19 +4307,20 @@ def cross_fit(gains, seed):
     return np.append(gains[chosen_on_second, first_half], gains[chosen_on_first, second_half])
 
 
-def cross_fit_mixture(values, seed):
-    """The gains of a mixture over the model alone and over the retriever alone, [2, V], of `values`
-    [C, 2 + S, V] as Retrieved.values_of() has them of C candidates: as in cross_fit(), one half of
-    the queries chooses what a run chooses, the best candidate, then its best share, and the other
-    half measures."""
+def cross_fit_mixture(values, choices, seed):
+    """The gains of a mixture over the model alone and over the retriever alone, each [V], of
+    `values` [C, S, V], those of C candidates with S shares of the retriever, first 0, last 1. As in
+    cross_fit(), one half of the queries chooses what a run chooses, the best candidate, then the
+    best of the shares that there are `choices` of, and the other half measures."""
     first_half, second_half = halves(values.shape[2], seed)
-    gains = []
+    over_model, over_retriever = [], []
     for half, other_half in ((second_half, first_half), (first_half, second_half)):
         candidate = values[best_of_rows(values[:, 0, half])]
-        mixtures = candidate[2:]
-        mixed = mixtures[best_of_rows(mixtures[:, half]), other_half]
-        gains.append(mixed - candidate[:2, other_half])
-    return np.concatenate(gains, axis=1)
+        share = choices[best_of_rows(candidate[choices][:, half])]
+        mixed = candidate[share, other_half]
+        over_model.append(mixed - candidate[0, other_half])
+        over_retriever.append(mixed - candidate[-1, other_half])
+    return np.concatenate(over_model), np.concatenate(over_retriever)
 
 
 def confidence_interval(differences, seed):
@@ -4351,7 +4381,7 @@ def judge(candidates, dataset, metric, args):
     queries = len(dataset.lists[metric])
     too_few = too_few_of(dataset, metric)
     is_enough = not too_few
-    kept, eligible = best, tuned
+    eligible, kept = tuned, best  # for final_model, and in it
     if is_enough and args["load_best_model_at_end"]:
         eligible = [*tuned, base]
         if best.quality < base.quality:
@@ -4361,9 +4391,11 @@ def judge(candidates, dataset, metric, args):
     if queries >= FEWEST_TO_HALVE:
         values = np.array([np.asarray(candidate.values) for candidate in tuned])
         gains = cross_fit(values - np.asarray(base.values), args["seed"])
-        delta = delta_of(gains, metric, is_enough, args["seed"])
+        delta = delta_of(gains, is_enough, args["seed"])
         if is_enough and delta["ci95"] is None:
-            too_few["queries that changed"] = int((np.abs(gains) > 1e-9).sum())
+            too_few["queries that changed"] = changed(gains)
+        if not ranking_metric(metric):
+            delta.update(queries_up=None, queries_down=None)  # groups of queries, not single ones
 
     history = []
     for candidate in candidates:
@@ -4391,8 +4423,8 @@ def judge(candidates, dataset, metric, args):
         "against_retriever": None,
         "mixed": None,
     }
-    if dataset.retrieved and dataset.retrieved.lists[metric]:
-        report.update(judge_with_retriever(eligible, kept, dataset.retrieved, metric, args["seed"]))
+    if dataset.retrieved and dataset.retrieved.lists[metric_of_search(metric)]:
+        report.update(judge_search(eligible, kept, dataset.retrieved, metric, args["seed"]))
     report["all_relevant"] = over_all_relevant(dataset, report, base, kept)
     return report, best, kept
 
@@ -4401,81 +4433,86 @@ FEWEST_TO_HALVE = 4  # queries
 NO_DELTA = {"mean": None, "ci95": None, "queries_up": None, "queries_down": None}
 
 
-def delta_of(gains, metric, is_enough, seed):
-    """What the report says of gains [V] in a metric; an interval only where there is enough to
-    tell."""
-    delta = dict(NO_DELTA)
-    delta["mean"] = float(gains.mean())
-    if is_enough:
-        delta["ci95"] = confidence_interval(gains, seed)
-    if ranking_metric(metric):
-        delta["queries_up"] = (gains > 1e-9).sum().item()
-        delta["queries_down"] = (gains < -1e-9).sum().item()
-    return delta
+def changed(gains):
+    """How many gains are none of 0."""
+    return int((np.abs(gains) > 1e-9).sum())
 
 
-def judge_with_retriever(eligible, kept, retrieved, metric, seed):
+def delta_of(gains, is_enough, seed):
+    """What the report says of gains [V]; an interval only where there is enough to tell."""
+    return {
+        "mean": float(gains.mean()),
+        "ci95": confidence_interval(gains, seed) if is_enough else None,
+        "queries_up": (gains > 1e-9).sum().item(),
+        "queries_down": (gains < -1e-9).sum().item(),
+    }
+
+
+def judge_search(eligible, kept, retrieved, metric, seed):
     """What the report says of the retriever: its metrics, how `kept`, chosen from the candidates
     that were `eligible`, compares with it, and what a mixture of both gains."""
-    values = np.array([np.asarray(candidate.with_retriever) for candidate in eligible])
+    metric = metric_of_search(metric)
     queries = len(retrieved.lists[metric])
-    is_enough = not too_few_of(retrieved, metric)
-    against, over_model, over_retriever = dict(NO_DELTA), dict(NO_DELTA), dict(NO_DELTA)
-    has_mixtures = values.shape[1] > 2
+    values = np.array([np.asarray(candidate.with_retriever) for candidate in eligible])
+    gains = over_model = over_retriever = None
     if queries >= FEWEST_TO_HALVE:
-        gains = cross_fit(values[:, 0] - values[:, 1], seed)
-        against = delta_of(gains, metric, is_enough, seed)
-        if has_mixtures:
-            gains_of_mixture, gains_over_retriever = cross_fit_mixture(values, seed)
-            over_model = delta_of(gains_of_mixture, metric, is_enough, seed)
-            over_retriever = delta_of(gains_over_retriever, metric, is_enough, seed)
+        gains = cross_fit(values[:, 0] - values[:, -1], seed)
+        over_model, over_retriever = cross_fit_mixture(values, retrieved.choices, seed)
 
-    scores = np.asarray(kept.scores)
-    values_of_kept = np.asarray(kept.with_retriever)
-    report = {
+    scores, values_of_kept = np.asarray(kept.scores), np.asarray(kept.with_retriever)
+    best = retrieved.choices[best_of_rows(values_of_kept[retrieved.choices])]
+    weight = retrieved.shares[best]
+    lengths = [len(rows) for rows in retrieved.lists[metric]]
+    gain_over_model = comparison(over_model, queries, seed)
+    return {
         "retriever": retrieved.metrics_with(scores, 1),
         "against_retriever": {
+            "metric": metric,
             "queries": queries,
             "after": float(values_of_kept[0].mean()),  # of these queries
-            **against,
-            "verdict": verdict_of(against["ci95"]),
+            **comparison(gains, queries, seed),
         },
-    }
-    if has_mixtures:
-        weight = retrieved.shares[best_of_rows(values_of_kept[2:])]
-        lengths = [len(rows) for rows in retrieved.lists[metric]]
-        report["mixed"] = {
+        "mixed": {
             "weight": weight,
             "candidates": float(np.median(lengths)),
             "metrics": retrieved.metrics_with(scores, weight),
-            "delta": over_model,
-            "verdict": verdict_of(over_model["ci95"]),
-            "against_retriever": {
-                **over_retriever,
-                "verdict": verdict_of(over_retriever["ci95"]),
-            },
-        }
-    return report
+            "delta": gain_over_model,
+            "verdict": gain_over_model["verdict"],
+            "against_retriever": comparison(over_retriever, queries, seed),
+        },
+    }
+
+
+def comparison(gains, queries, seed):
+    """What the report says of the gains [V] in a metric of so many queries, with a verdict, and what
+    there are too few of for one; `gains` None: too few to halve."""
+    delta, too_few = dict(NO_DELTA), {}
+    if queries < ENOUGH["queries"]:
+        too_few["queries"] = queries
+    if gains is not None:
+        delta = delta_of(gains, not too_few, seed)
+        if not too_few and delta["ci95"] is None:
+            too_few["queries that changed"] = changed(gains)
+    return {**delta, "verdict": verdict_of(delta["ci95"]), "too_few": too_few}
 
 
 def weight_to_save(report):
     """The share of the retriever that final_model's config is to hold: 0 where a mixture is not
     clearly better than the model alone; None where there are no scores of a retriever."""
-    if not report.get("retriever"):
+    mixed = report.get("mixed")
+    if not mixed:
         return None
-    mixed = report["mixed"]
-    if mixed and mixed["verdict"] == "better":
-        return mixed["weight"]
-    return 0.0
+    return mixed["weight"] if mixed["verdict"] == "better" else 0.0
 
 
 def over_all_relevant(dataset, report, base, kept):
     """NDCG@10 with the ideal order of all relevant documents, those too that the retriever did not
-    find, over the queries that tell their number; None where none does."""
+    find, which count as fully relevant, over the queries that tell their number; None where none
+    does."""
     labels, retrieved = dataset.labels.numpy(), dataset.retrieved
     lists = []  # (rows, number of relevant documents)
     for rows in dataset.lists["all"]:
-        relevant = int(dataset.rows["relevant"][rows[0]])
+        relevant = int(dataset.rows["relevant"][rows].max())
         if relevant > 0:
             lists.append((rows, relevant))
     if not lists:
@@ -4484,20 +4521,17 @@ def over_all_relevant(dataset, report, base, kept):
     orders = {"before": np.asarray(base.scores), "after": np.asarray(kept.scores)}
     is_scored = ~np.isnan(np.concatenate([dataset.rows["score"][rows] for rows, _ in lists]))
     if report["retriever"] and is_scored.all():
-        shares = {"retriever": 1}
-        if report["mixed"]:
-            shares["mixed"] = report["mixed"]["weight"]
-        for name, share in shares.items():
-            mixed = retrieved.mixed(orders["after"], share)
-            orders[name] = np.zeros(len(labels), mixed.dtype)
-            orders[name][retrieved.rows] = mixed
+        for name, share in (("retriever", 1), ("mixed", report["mixed"]["weight"])):
+            orders[name] = np.zeros(len(labels))
+            orders[name][retrieved.rows] = retrieved.mixed(orders["after"], share)
     orders["ceiling"] = labels  # what the best of rerankers would make of these candidates
 
     means = {}
     for name, order in orders.items():
         values = []
         for rows, relevant in lists:
-            not_found = relevant - (labels[rows] >= 0.5).sum()
+            # A document that stands twice in a list may make it more.
+            not_found = max(relevant - (labels[rows] >= 0.5).sum(), 0)
             values.append(ndcg_at_k(labels[rows], order[rows], not_found=not_found))
         means[name] = float(np.mean(values))
     return {
@@ -4535,7 +4569,7 @@ def verdict_text(report, args):
     before, tuned, metric = report["before"], report["fine_tuned"], report["metric"]
     lines = table_lines(report, args)
     if not args["epochs"]:
-        lines += retriever_lines(report, "the model")
+        lines += search_lines(report, "the model")
         return "\n".join(lines)
 
     chosen = report["chosen"]
@@ -4575,7 +4609,9 @@ def verdict_text(report, args):
             "need not be good: compare it with a trained reranker "
             "(--epochs 0 --model_name_or_path BAAI/bge-reranker-base)."
         )
-    lines += retriever_lines(report, "final_model")
+    lines += search_lines(report, "final_model")
+    if report["against_retriever"] and report["against_retriever"]["verdict"] == "worse":
+        advice = "train on what this retriever finds, with hard negatives (docs/retriever.md)"
     lines.append(f"Next: {advice}.")
     return "\n".join(lines)
 
@@ -4583,12 +4619,16 @@ def verdict_text(report, args):
 def table_lines(report, args):
     """A line for each metric: before and after, and what the retriever's own order and the mixture
     with it have, where there are its scores."""
-    before, tuned = report["before"], report["fine_tuned"]
+    before, tuned, against = report["before"], report["fine_tuned"], report["against_retriever"]
     columns = {}
-    if report["retriever"]:
-        columns["retriever"] = report["retriever"]
-    if report["mixed"]:
-        columns["mixed"] = report["mixed"]["metrics"]
+    if against:
+        # Not all queries need to have its scores.
+        of_queries = ""
+        if against["queries"] != report["queries"]:
+            of_queries = f" ({against['queries']} queries)"
+        name = "final_model" if args["epochs"] else "the model"
+        columns[f"retriever{of_queries}"] = report["retriever"]
+        columns[f"{name} mixed with it"] = report["mixed"]["metrics"]
 
     lines = []
     for key, value in before.items():
@@ -4604,58 +4644,65 @@ def table_lines(report, args):
     return lines
 
 
-WORDS = {
-    "better": "better",
-    "unclear": "no clear difference",
-    "worse": "WORSE",
-    "too few": "too few queries to tell",
-}
-
-
-def retriever_lines(report, name):
+def search_lines(report, name):
     """The verdict on the model, which `name` stands for, against the retriever's own order, that on
     both together, and how much any reranker misses, as lines; none where nothing is known of a
     retriever."""
     lines = []
-    against, metric = report["against_retriever"], report["metric"]
+    against = report["against_retriever"]
     if against:
-        retriever = report["retriever"][metric]
+        retriever = report["retriever"][against["metric"]]
         if against["after"] < retriever - 1e-9 or against["verdict"] == "worse":
-            lines.append(
-                f"!!! WORSE THAN THE RETRIEVER !!! {name} ranks these queries worse than the "
-                "retriever's own order: put to work as it is, it makes the search worse."
+            line = (
+                f"!!! WORSE THAN THE RETRIEVER !!! {name} ranks worse than the order in which the "
+                "retriever gave these documents."
             )
+            if against["verdict"] == "worse":
+                line += " Put to work as it is, it makes the search worse."
+            lines.append(line)
         evidence = count_text(against["queries"], against)
         if against["ci95"]:
-            gain = gain_text(metric, retriever, against)
-            evidence = f"{gain} over {evidence}"
-        lines.append(f"Against the retriever: {WORDS[against['verdict']]}. {evidence}.")
-    if report["mixed"]:
+            evidence = f"{gain_text(against['metric'], retriever, against)} over {evidence}"
+        lines.append(f"Against the retriever: {words_of(against)}. {evidence}.")
         lines.append(mixed_line(report["mixed"], name))
+        if weight_to_save(report) and name == "final_model":
+            weight = weight_to_save(report)
+            lines.append(f"retriever_weight {weight}: so rank(…, retriever_scores=…) mixes.")
     if report["all_relevant"]:
         lines.append(all_relevant_line(report["all_relevant"]))
     return lines
 
 
+def words_of(comparison):
+    """A verdict on a retriever in words."""
+    words = {"better": "better", "unclear": "no clear difference", "worse": "WORSE"}
+    too_few = f"too few {' and '.join(comparison['too_few'])} to tell"
+    return words.get(comparison["verdict"], too_few)
+
+
 def mixed_line(mixed, name):
     """The verdict on the mixture of a model, which `name` stands for, and the retriever."""
-    if mixed["weight"] == 0:
-        return f"Mixed: no share of the retriever ranks these queries better than {name} alone."
-    share = f"{mixed['weight']:.0%}"
-    line = f"Mixed with {share} of the retriever: {WORDS[mixed['verdict']]}"
-    for other, delta in ((name, mixed["delta"]), ("the retriever", mixed["against_retriever"])):
-        if delta["ci95"]:
-            line += f"; over {other} {interval_text(delta)}"
-    line += f"; on lists of {mixed['candidates']:.0f} candidates."
-    if mixed["verdict"] == "better":
-        line += f" retriever_weight {mixed['weight']}: rank(…, retriever_scores=…) mixes so."
-    return line
+    weight = mixed["weight"]
+    if weight == 0:
+        return f"Mixed: with no share of the retriever it ranks better than {name} alone."
+    parts = []
+    for other, gain in ((name, mixed["delta"]), ("the retriever", mixed["against_retriever"])):
+        part = f"against {other} alone {words_of(gain)}"
+        if gain["ci95"]:
+            part += f", {interval_text(gain)}"
+        parts.append(part)
+    return (
+        f"Mixed with {weight:.0%} of the retriever: {'; '.join(parts)}. "
+        f"On lists of {mixed['candidates']:.0f} candidates."
+    )
 
 
 def all_relevant_line(of_all):
     """NDCG@10 where what the retriever did not find counts as well."""
     values = of_all["ndcg@10"]
-    columns = [f"{values['before']:.3f} → {values['after']:.3f}"]
+    columns = [f"{values['before']:.3f}"]
+    if values["after"] != values["before"]:
+        columns = [f"{values['before']:.3f} → {values['after']:.3f}"]
     for key in ("retriever", "mixed"):
         if key in values:
             columns.append(f"{key} {values[key]:.3f}")
@@ -4839,9 +4886,10 @@ def draw_evaluations(axes, report):
     kept_step = 0 if report["chosen"] == "base" else report["chosen"]["step"]
     axes.plot(steps, values, "go-", label="evaluation")
     axes.plot(kept_step, report["after"][metric], "r*", markersize=16, label="final_model")
-    if report["retriever"]:
+    if report["retriever"] and report["retriever"][metric] is not None:
         value = report["retriever"][metric]
-        axes.axhline(value, color="tab:gray", linestyle="--", label="the retriever's own order")
+        label = f"the retriever's own order ({report['against_retriever']['queries']} queries)"
+        axes.axhline(value, color="tab:gray", linestyle="--", label=label)
     axes.set(ylabel=metric)
 
 
@@ -4976,7 +5024,8 @@ import numpy as np
 def standardised(scores):
     scores = np.asarray(scores, dtype=float)
     return (scores - scores.mean()) / (scores.std() or 1)
-# logits: the model's scores before the sigmoid, log(p / (1 - p)) of a probability p
+# logits: the model's scores before the sigmoid. Ask for them raw: of a probability p they are
+# log(p / (1 - p)), which is lost where p was rounded to 0 or 1.
 mixed = {model_share} * standardised(logits) + {weight} * standardised(retriever_scores)
 ```
 

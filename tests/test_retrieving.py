@@ -271,6 +271,14 @@ def test_queries_for_which_nothing_is_found_are_not_written_and_count_as_0(fruit
     assert "Queries with all their relevant documents among the first 50: 3; with none of them: 2." in printed
 
 
+def test_a_search_that_finds_nothing_relevant_for_any_query_says_so_loudly(retrieve, write_text):
+    write_text("queries.tsv", "q1\tapple")
+    write_text("qrels.tsv", "q1 0 d2 1")
+    write_text("corpus.tsv", "d1\tapple pie", "d2\tquince jelly")
+    _, said = retrieve("queries.tsv", "--qrels", "qrels.tsv", "--corpus", "corpus.tsv", "--language", "en")
+    assert "!!! WARNING !!! Nothing relevant is found for any query" in said and "recall@10: 0.0000" in said
+
+
 def test_qrels_of_unknown_queries_are_counted(fruits):
     expected, printed = fruits()
     assert "are not in queries.tsv" not in printed
@@ -394,7 +402,10 @@ BAD = [
      r"line 8: .*\nA line of queries should be id<TAB>text"),
     ("queries.tsv", [], r"queries.tsv: no lines\nA line of queries"),
     ("queries.tsv", None, r"queries.tsv: cannot be read: No such file"),
-    ("queries.tsv", ["q2\tapple"], r"queries.tsv: no query has a relevant document, one with a label of 0.5 or more"),
+    ("queries.tsv", ["q2\tapple"],
+     r"qrels.tsv: no id of a query is one of queries.tsv \(here 'q1', and there 'q2', for one\)"),
+    ("corpus.jsonl", ['{"text": "apple pie"}'],
+     r"corpus.jsonl: the relevant documents \(1\) are not in it. .* by their id: .* No document has one$"),
     ("qrels.tsv", ["q1 0 d1 1", "q1 d1", "q1 0 d1 good", "q1 Q0 d1 1 7.5 run", "q1 d1 nan", "score"],
      r"qrels.tsv: 5 bad lines\n  line 2: 2 fields instead of 4, or 3\n  line 3: label good is no number\n  line 4: 6 "
      r"fields instead of 4, or 3\n  line 5: label nan is no number\n  line 6: 1 fields instead of 4, or 3\nA line of "
@@ -425,7 +436,8 @@ def test_bad_input_is_an_error_that_names_file_and_line(retrieve, write_text, tm
             write_text(each, *content)
     inputs = ["rows.jsonl"] if name == "rows.jsonl" else ["queries.tsv", "--qrels", "qrels.tsv"]
     with pytest.raises(SystemExit, match=f"^Error: {message}"):
-        retrieve(*inputs, "--corpus", "corpus.tsv", "--language", "en", output="new/eval.jsonl")
+        corpus = "corpus.jsonl" if name == "corpus.jsonl" else "corpus.tsv"
+        retrieve(*inputs, "--corpus", corpus, "--language", "en", output="new/eval.jsonl")
     assert not (tmp_path / "new").exists()
 
 

@@ -76,8 +76,8 @@ def digest_of(text):
 QUERY_IDS = ("_id", "id", "qid")
 QUERY_ADVICE = ('A line of queries should be id<TAB>text, or {"_id": "…", "text": "…"} in JSON '
                 "(or id, qid; query). Rows that have their documents take no --qrels.")
-QRELS_ADVICE = ('A line of qrels should be "qid 0 docid grade" or "qid docid grade". --max_label '
-                "is the highest grade of your scale.")
+QRELS_ADVICE = ('A line of qrels should be "qid 0 docid grade" or "qid docid grade", with tabs or '
+                "spaces. --max_label is the highest grade of your scale.")
 GRADE_HEADERS = ("score", "grade", "label", "rel", "relevance")
 
 
@@ -217,6 +217,11 @@ def read_judged_ids(options):
             query_of_id[name].judge(digest_of(document), label)
         else:
             unknown.add(name)
+    if unknown and not any(query.judgements for query in queries.values()):
+        examples = f"{sorted(unknown)[0]!r}, and there {next(iter(query_of_id))!r}"
+        raise UserError(f"{options.qrels}: no id of a query is one of {options.queries} (here "
+                        f"{examples}, for one): are these the same queries, and is the query's id "
+                        "the first column?")
     if unknown:
         say(f"{options.qrels}: queries that are not in {options.queries}: {len(unknown)}. Their "
             "judgements are not used.")
@@ -305,6 +310,8 @@ def find_judged(queries, corpus, options):
         how = "whole text, white space aside; a title stands before its document's text"
         if options.qrels:
             how = f"id: in JSON {', '.join(DOCUMENT_IDS)}, in TSV the first column"
+            if not corpus.number_of_id:
+                how += ". No document has one"
         raise UserError(f"{options.corpus}: the relevant documents ({len(lost)}) are not in it. "
                         f"They are looked for by their {how}")
     if lost:
@@ -396,7 +403,10 @@ def say_recall(queries, found, k):
     recalls = recalls_at(k, queries, found)
     say(f"Queries with all their relevant documents among the first {k}: {recalls.count(1)}; with "
         f"none of them: {recalls.count(0)}.")
-    if min(recalls) < 1:
+    if max(recalls) == 0:
+        say("!!! WARNING !!! Nothing relevant is found for any query: is this the right corpus, and "
+            "the right --language?")
+    elif min(recalls) < 1:
         say("Relevant documents that were not found are the ceiling of every reranker: it can only "
             "order what the search found.")
 
