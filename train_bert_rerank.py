@@ -4387,15 +4387,14 @@ def judge(candidates, dataset, metric, args):
         if best.quality < base.quality:
             kept = base
 
-    delta = dict(NO_DELTA)
+    gains = None
     if queries >= FEWEST_TO_HALVE:
         values = np.array([np.asarray(candidate.values) for candidate in tuned])
         gains = cross_fit(values - np.asarray(base.values), args["seed"])
-        delta = delta_of(gains, is_enough, args["seed"])
-        if is_enough and delta["ci95"] is None:
-            too_few["queries that changed"] = changed(gains)
-        if not ranking_metric(metric):
-            delta.update(queries_up=None, queries_down=None)  # groups of queries, not single ones
+    gain = comparison(gains, too_few, args["seed"])
+    delta = {key: gain[key] for key in NO_DELTA}
+    if not ranking_metric(metric):
+        delta.update(queries_up=None, queries_down=None)  # gains are those of groups of queries
 
     history = []
     for candidate in candidates:
@@ -4413,8 +4412,8 @@ def judge(candidates, dataset, metric, args):
         "after": kept.metrics,
         "fine_tuned": best.metrics,
         "delta": delta,
-        "verdict": verdict_of(delta["ci95"]),
-        "too_few": too_few,
+        "verdict": gain["verdict"],
+        "too_few": gain["too_few"],
         "threshold": threshold_of(kept, labels),
         "history": history,
         "chosen": chosen,
@@ -4433,21 +4432,6 @@ FEWEST_TO_HALVE = 4  # queries
 NO_DELTA = {"mean": None, "ci95": None, "queries_up": None, "queries_down": None}
 
 
-def changed(gains):
-    """How many gains are none of 0."""
-    return int((np.abs(gains) > 1e-9).sum())
-
-
-def delta_of(gains, is_enough, seed):
-    """What the report says of gains [V]; an interval only where there is enough to tell."""
-    return {
-        "mean": float(gains.mean()),
-        "ci95": confidence_interval(gains, seed) if is_enough else None,
-        "queries_up": (gains > 1e-9).sum().item(),
-        "queries_down": (gains < -1e-9).sum().item(),
-    }
-
-
 def judge_search(eligible, kept, retrieved, metric, seed):
     """What the report says of the retriever: its metrics, how `kept`, chosen from the candidates
     that were `eligible`, compares with it, and what a mixture of both gains."""
@@ -4463,14 +4447,15 @@ def judge_search(eligible, kept, retrieved, metric, seed):
     best = retrieved.choices[best_of_rows(values_of_kept[retrieved.choices])]
     weight = retrieved.shares[best]
     lengths = [len(rows) for rows in retrieved.lists[metric]]
-    gain_over_model = comparison(over_model, queries, seed)
+    too_few = too_few_of(retrieved, metric)
+    gain_over_model = comparison(over_model, too_few, seed)
     return {
         "retriever": retrieved.metrics_with(scores, 1),
         "against_retriever": {
             "metric": metric,
             "queries": queries,
             "after": float(values_of_kept[0].mean()),  # of these queries
-            **comparison(gains, queries, seed),
+            **comparison(gains, too_few, seed),
         },
         "mixed": {
             "weight": weight,
@@ -4478,22 +4463,24 @@ def judge_search(eligible, kept, retrieved, metric, seed):
             "metrics": retrieved.metrics_with(scores, weight),
             "delta": gain_over_model,
             "verdict": gain_over_model["verdict"],
-            "against_retriever": comparison(over_retriever, queries, seed),
+            "against_retriever": comparison(over_retriever, too_few, seed),
         },
     }
 
 
-def comparison(gains, queries, seed):
-    """What the report says of the gains [V] in a metric of so many queries, with a verdict, and what
-    there are too few of for one; `gains` None: too few to halve."""
-    delta, too_few = dict(NO_DELTA), {}
-    if queries < ENOUGH["queries"]:
-        too_few["queries"] = queries
+def comparison(gains, too_few, seed):
+    """What the report says of gains [V], None where there are too few queries to halve: mean,
+    interval and verdict, and what there are `too_few` of for these, {what: how many there are}."""
+    gain, too_few = dict(NO_DELTA), dict(too_few)
     if gains is not None:
-        delta = delta_of(gains, not too_few, seed)
-        if not too_few and delta["ci95"] is None:
-            too_few["queries that changed"] = changed(gains)
-    return {**delta, "verdict": verdict_of(delta["ci95"]), "too_few": too_few}
+        gain["mean"] = float(gains.mean())
+        gain["queries_up"] = (gains > 1e-9).sum().item()
+        gain["queries_down"] = (gains < -1e-9).sum().item()
+        if not too_few:
+            gain["ci95"] = confidence_interval(gains, seed)
+            if gain["ci95"] is None:
+                too_few["queries that changed"] = gain["queries_up"] + gain["queries_down"]
+    return {**gain, "verdict": verdict_of(gain["ci95"]), "too_few": too_few}
 
 
 def weight_to_save(report):

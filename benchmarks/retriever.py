@@ -124,7 +124,7 @@ def better_by_chance(output, rows, seed):
         retrieved = product.Retrieved(np.arange(len(rows)), shuffled, labels, lists, weight=0.0)
         values = torch.from_numpy(retrieved.values_of("ndcg@10", logits))
         model = product.Candidate(1, 1, 0.0, torch.from_numpy(logits), with_retriever=values)
-        report = product.judge_with_retriever([model], model, retrieved, "ndcg@10", seed=42)
+        report = product.judge_search([model], model, retrieved, "ndcg@10", seed=42)
         better += report["mixed"]["verdict"] == "better"
     return better
 
