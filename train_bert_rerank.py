@@ -5003,7 +5003,7 @@ print(pipeline("text-classification", folder, truncation="only_second")\
 MIXTURE_IN_CARD = """## With a retriever
 
 Mixed with {weight:.0%} of the score of the retriever that had found the documents, it ranked the
-held-out queries better, on lists of about {candidates:.0f} candidates.
+held-out queries better than alone, on lists of about {candidates:.0f} candidates.
 `rank(query, documents, retriever_scores=scores)` does that; with other software, of the candidates
 of one query:
 ```python

@@ -316,7 +316,7 @@ def test_a_corpus_of_another_encoding_is_told_with_the_command_that_mends_it(min
     ("corpus.jsonl", ['{"text": "好"}', '{"text": "坏"', '{"id": 3}', '{"text": 4}', '{"text": " "}', "5"],
      r"corpus.jsonl: 5 bad lines\n  line 2: Expecting .*\n  line 3: content is missing\n  line 4: content or title is "
      r"no text\n  line 5: the text is blank\n  line 6: not a JSON object\nA line of a corpus, in UTF-8, should"),
-    ("corpus.tsv", ["1\t好", "", "坏"], r"corpus.tsv: 1 bad lines\n  line 3: neither a JSON object nor id<TAB>text"),
+    ("corpus.tsv", ["1\t好", "", "坏"], r"corpus.tsv: 1 bad line\n  line 3: neither a JSON object nor id<TAB>text"),
     ("corpus.jsonl", [], r"corpus.jsonl: no lines"),
     ("corpus.jsonl", None, r"corpus.jsonl: cannot be read or copied: No such file"),
     ("rows.jsonl", ['{"query": "好", "content": "好", "label": "1"}'], r"rows.jsonl: 1 bad line\n  line 1: label is"),

@@ -422,7 +422,7 @@ BAD = [
     ("rows.jsonl", ['{"query": "apple", "content": "apple pie", "label": "1"}'], r"rows.jsonl: 1 bad line\n  line 1: "),
     ("rows.jsonl", ["q1\tapple"], r"rows.jsonl: 1 bad line\n(.*\n)*Queries without documents take --qrels, a file"),
     ("rows.jsonl", None, r"rows.jsonl: cannot be read: No such file or directory$"),
-    ("queries.tsv", GOOD["rows.jsonl"], r"queries.tsv: 1 bad lines\n(.*\n)*.* Rows that have their documents take"),
+    ("queries.tsv", GOOD["rows.jsonl"], r"queries.tsv: 1 bad line\n(.*\n)*.* Rows that have their documents take"),
     ("rows.jsonl", ['{"query": "apple", "content": "apple pie", "label": 0}'], r"rows.jsonl: no query has a relevant"),
     ("rows.jsonl", ['{"query": "apple", "content": "pie", "label": 1}'],
      r"corpus.tsv: the relevant documents \(1\) are not in it. They are looked for by their whole text"),

@@ -20,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_bert_rerank import LONGEST_LINE, UserError, language_of  # noqa: E402
+from train_bert_rerank import LONGEST_LINE, BadLines, UserError, language_of  # noqa: E402
 
 DEVICE = torch.device("cpu")
 if torch.accelerator.is_available():
@@ -32,7 +32,6 @@ ADVICE = ('A line of a corpus, in UTF-8, should be {"content": "…"} in JSON (o
           "title before it), or id<TAB>text.")
 NOT_UTF8 = "not UTF-8"
 GZIP_MAGIC = b"\x1f\x8b"
-SHOWN = 10  # bad lines in a message
 DOCUMENT_IDS = ("_id", "id", "docid")
 
 
@@ -58,26 +57,6 @@ class Corpus:
     def texts(self):
         """All texts in their order, one at a time."""
         return map(self.text, range(len(self)))
-
-
-class BadLines:
-    """The lines of a file that are wrong: how many, and the first ten with what is wrong."""
-    def __init__(self):
-        self.count = 0
-        self.first = ""
-
-    def add(self, number, error):
-        """Count line `number`, which raised `error`."""
-        self.count += 1
-        if self.count <= SHOWN:
-            self.first += f"\n  line {number}: {error}"
-
-    def message(self, path):
-        """What a user is told of the file `path`."""
-        message = f"{path}: {self.count} bad lines{self.first}"
-        if self.count > SHOWN:
-            message += f"\n  … and {self.count - SHOWN} more"
-        return message
 
 
 def bare(text):
@@ -188,8 +167,10 @@ def read_corpus(path, corpus, digest=None):
         raise UserError(f"{path}: cannot be read or copied: {reason}") from error
 
     if bad_lines.count:
-        advice = advice_on_encoding(path) if NOT_UTF8 in bad_lines.first else ""
-        raise UserError(f"{bad_lines.message(path)}{advice}\n{ADVICE}")
+        advice = ADVICE
+        if any(NOT_UTF8 in line for line in bad_lines.first):
+            advice = advice_on_encoding(path) + ADVICE
+        raise UserError(bad_lines.message(path, advice))
     if not len(corpus):
         raise UserError(f"{path}: no lines\n{ADVICE}")
 
@@ -199,7 +180,7 @@ def advice_on_encoding(path):
     advice = ""
     for name, encoding in (("Chinese of Windows", "GB18030"), ("'Unicode text'", "UTF-16")):
         words = ["iconv", "-f", encoding, "-t", "UTF-8", path]
-        advice += f"\n{name} is made UTF-8 by: {shlex.join(words)} > corpus.utf8"
+        advice += f"{name} is made UTF-8 by: {shlex.join(words)} > corpus.utf8\n"
     return advice
 
 

@@ -44,7 +44,6 @@ from convert_data import check_output, number_of, opened_text  # noqa: E402
 from retrieval import (  # noqa: E402
     DOCUMENT_IDS,
     WORDS_BY,
-    BadLines,
     Corpus,
     Retriever,
     bare,
@@ -56,6 +55,7 @@ from retrieval import (  # noqa: E402
 
 from train_bert_rerank import (  # noqa: E402
     LONGEST_LINE,
+    BadLines,
     UserError,
     check_text,
     normal_form,
@@ -154,7 +154,7 @@ def parsed_lines(path, parse, advice):
             if parsed is not None:
                 yield parsed
     if bad_lines.count:
-        raise UserError(f"{bad_lines.message(path)}\n{advice}")
+        raise UserError(bad_lines.message(path, advice))
     if not number:
         raise UserError(f"{path}: no lines\n{advice}")
 
