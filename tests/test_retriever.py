@@ -30,6 +30,7 @@ from train_bert_rerank import (
     mixture,
     ndcg_at_k,
     verdict_text,
+    weight_to_save,
 )
 
 pytestmark = pytest.mark.usefixtures("small_pictures")
@@ -391,6 +392,14 @@ def test_a_weight_that_the_model_has_is_measured_rather_than_another_chosen(gene
         gain = best[SHARES.index(weight)] - best[0]
         assert report["mixed"]["delta"]["mean"] == pytest.approx(gain)
         assert SHARES[best.argmax()] != weight
+
+
+@pytest.mark.parametrize("count, verdict", [(15, "too few"), (80, "better")])
+def test_a_share_is_saved_where_it_is_clearly_better_and_nowhere_else(generator, count, verdict):
+    model, retriever = complementary(generator, count)
+    report, _ = judged_with(queries_of(count), retriever, generator.standard_normal(count * ROWS), model)
+    assert report["mixed"]["verdict"] == verdict and report["mixed"]["weight"] > 0
+    assert weight_to_save(report) == (report["mixed"]["weight"] if verdict == "better" else 0)
 
 
 def test_a_retriever_that_adds_nothing_is_not_mixed_in(generator):
