@@ -16,6 +16,7 @@ import errno
 import gc
 import gzip
 import json
+import math
 import mmap
 import os
 import pickle
@@ -704,6 +705,46 @@ def evaluations():
                   metric_for_best_model="hit@1"),
         refused("hit@1 for queries of one row each", train_lines(*one_row_each), nothing, status=2,
                 left=("cache",), **EVALUATION, metric_for_best_model="hit@1"),
+    ]  # fmt: skip
+
+
+def retrievers_scores():
+    def scored(*scores):
+        """GOOD with these scores; ...: without one."""
+        rows = [json.loads(text) for text in GOOD]
+        pairs = zip(rows, scores, strict=True)
+        return train_lines(*(json.dumps(changed_keys(row, {"score": score})).encode()
+                             for row, score in pairs))  # fmt: skip
+
+    def bad_score(name, score, said):
+        return refused(name, scored(3, score, 1, 2), f"line 2: score is {said}", **EVALUATION)
+
+    def bad_relevant(name, relevant, said):
+        lists = typed_lists(hits=[{"content": "c", "label": 1}], relevant=relevant)
+        return refused(name, train_lines(lists), said, **EVALUATION)
+
+    other_kind = beside(put("eval.jsonl", GOOD_FILE), scored("high", ..., 0.5, None))
+    return [
+        evaluates("scores of any size", scored(1e300, -1e300, 5e-324, 0),
+                  "scores for 2 of 2 eval queries: its order has ndcg@10 1.0000",
+                  "Against the retriever: too few queries to tell. 2 queries"),
+        evaluates("scores for one of two queries", scored(1, 2, ..., ...), "for 1 of 2 eval queries",
+                  "; retriever (1 queries) "),
+        evaluates("scores that are all null", scored(None, None, None, None), "\nndcg@10 "),
+        Case("a score of another kind in rows that are trained on alone", other_kind, (), 0,
+             {"eval_dataset": "eval.jsonl"}, check=wrong_measured_training),
+        bad_score("a score in quotes", "0.9", '"0.9": drop the quotes'),
+        bad_score("a score that is NaN", math.nan, "nan: it should be a finite number"),
+        bad_score("a score of 1 with 400 zeros", 10**400, "1000"),
+        bad_score("a score that is true", True, "true: it should be a number"),
+        refused("scores for some rows of a query", scored(3, ..., 1, 2),
+                "line 2: score is missing, and other rows of its query have one", **EVALUATION),
+        bad_relevant("2.5 relevant documents", 2.5, "relevant is 2.5: it should be a whole number"),
+        bad_relevant("fewer relevant documents than are here", 0,
+                     "relevant is less than the relevant documents that are here"),
+        bad_model("a share of the retriever in quotes", config(retriever_weight="0.3"),
+                  "retriever_weight in the model's config.json is '0.3': it should be a number",
+                  **EVALUATION),
     ]  # fmt: skip
 
 
@@ -1460,7 +1501,7 @@ THEMES = (
     encodings, kinds_of_file, several_files, names_of_files, names_in_gbk, gzip_files, sizes,
     # lines
     shapes_of_line, lists_of_texts, nearly_right_keys, spellings, bad_texts, bad_labels, odd_labels,
-    evaluations, fine_texts, changing_files,
+    evaluations, retrievers_scores, fine_texts, changing_files,
     # settings
     settings_of_a_wrong_type, settings_out_of_range, lengths, settings_that_do_not_fit,
     settings_for_data_files, names_of_nothing, command_lines, extreme_settings, output_dirs,
