@@ -467,6 +467,13 @@ def test_a_number_of_relevant_documents_that_nobody_can_have_costs_no_memory(gen
     assert 0 < report["all_relevant"]["ndcg@10"]["ceiling"] < 0.3
 
 
+def test_a_relevant_document_that_is_found_twice_leaves_none_that_was_not_found(generator):
+    dataset = dataset_of([1.0, 1, 0, 0] * 20, [4] * 20)
+    dataset.rows["relevant"] = 1
+    report, *_ = judge([candidate_of(dataset, generator.standard_normal(80), 0)], dataset, "ndcg@10", ARGS)
+    assert report["all_relevant"]["ndcg@10"]["ceiling"] == 1
+
+
 def test_all_relevant_documents_count_without_a_retrievers_scores_too(generator):
     dataset = queries_of(30)
     dataset.rows["relevant"] = 2
