@@ -1263,8 +1263,8 @@ def load_data(args):
 
     rows_of_files, sha256 = [], []
     for file, path in enumerate(paths):
-        # The retriever's scores count where a file is evaluated on.
-        is_evaluated = path == eval_path if is_eval_file else eval_path is not None
+        # The retriever's scores count where rows of the file are evaluated on.
+        is_evaluated = eval_path in (path, "auto")
         parse = parse_candidates if is_evaluated else parse_line
         rows, digest = load_file(path, file, args, parse)
         rows_of_files.append(rows)
@@ -1319,13 +1319,17 @@ def require_whole_lists(rows, paths, middle):
     """UserError, with the lines, where a query has the retriever's scores of some of its rows only,
     or more than one number of relevant documents, or one that its documents with labels from
     `middle` on exceed."""
+    _, no_number = NOT_THERE
+    is_scored = ~np.isnan(rows["score"])
+    relevant = rows["relevant"]
+    if not is_scored.any() and (relevant == no_number).all():
+        return
+
     _, query_of_row = np.unique(rows["query"], return_inverse=True)
     count = np.bincount(query_of_row)
-    is_scored = ~np.isnan(rows["score"])
     scored = np.bincount(query_of_row, is_scored)
     is_part = (scored > 0) & (scored < count)
 
-    relevant, (_, no_number) = rows["relevant"], NOT_THERE
     most = np.full(len(count), no_number)
     np.maximum.at(most, query_of_row, relevant)
     is_other = (relevant != no_number) & (relevant != most[query_of_row])
@@ -2507,9 +2511,10 @@ def rounding_of(scores):
 def ndcg_at_k(labels, scores, k=10, not_found=0):
     """NDCG@k of one query, linear gain as in trec_eval; labels [N] in [0, 1], not all 0. The ideal
     order also has `not_found` documents with label 1, which are not among those that are ranked."""
-    gain = expected_gain(labels, scores, discounts(len(labels), k))
     of_all = np.append(labels, np.ones(min(not_found, k), labels.dtype))
-    ideal = (np.sort(of_all)[::-1] * discounts(len(of_all), k)).sum()
+    weights = discounts(len(of_all), k)
+    gain = expected_gain(labels, scores, weights[: len(labels)])
+    ideal = (np.sort(of_all)[::-1] * weights).sum()
     return gain / ideal
 
 
@@ -2771,8 +2776,8 @@ class Retrieved:
     def metrics_with(self, scores, share):
         """All metrics of a ranking, of logits [N] mixed with the retriever's `share`; those of all
         pairs together are None."""
-        metrics = metrics_of(self.lists, self.labels, self.mixed(scores, share))
-        return {**metrics, "average_precision": None, "best_f1": None}
+        no_pairs = {**self.lists, "average_precision": []}
+        return metrics_of(no_pairs, self.labels, self.mixed(scores, share))
 
 
 def metric_of_search(metric):
@@ -2788,8 +2793,11 @@ def mention_retriever(dataset, metric):
         return
     metric = metric_of_search(metric)
     count = f"{len(retrieved.lists['all'])} of {len(dataset.lists['all'])} eval queries"
-    value = retrieved.metrics_with(np.zeros(len(dataset)), 1)[metric]
-    worth = "none of them can be ranked" if value is None else f"its order has {metric} {value:.4f}"
+    lists = retrieved.lists[metric]
+    worth = "none of them can be ranked"
+    if lists:
+        value = metric_values(metric, lists, retrieved.labels, retrieved.order).mean()
+        worth = f"its order has {metric} {value:.4f}"
     say(f"There are the retriever's scores for {count}: {worth}.")
 
 
@@ -4556,7 +4564,7 @@ def verdict_text(report, args):
     before, tuned, metric = report["before"], report["fine_tuned"], report["metric"]
     lines = table_lines(report, args)
     if not args["epochs"]:
-        lines += search_lines(report, "the model")
+        lines += search_lines(report, args)
         return "\n".join(lines)
 
     chosen = report["chosen"]
@@ -4596,11 +4604,16 @@ def verdict_text(report, args):
             "need not be good: compare it with a trained reranker "
             "(--epochs 0 --model_name_or_path BAAI/bge-reranker-base)."
         )
-    lines += search_lines(report, "final_model")
+    lines += search_lines(report, args)
     if report["against_retriever"] and report["against_retriever"]["verdict"] == "worse":
         advice = "train on what this retriever finds, with hard negatives (docs/retriever.md)"
     lines.append(f"Next: {advice}.")
     return "\n".join(lines)
+
+
+def name_of_model(args):
+    """What stands for the model that a report is about."""
+    return "final_model" if args["epochs"] else "the model"
 
 
 def table_lines(report, args):
@@ -4613,9 +4626,8 @@ def table_lines(report, args):
         of_queries = ""
         if against["queries"] != report["queries"]:
             of_queries = f" ({against['queries']} queries)"
-        name = "final_model" if args["epochs"] else "the model"
         columns[f"retriever{of_queries}"] = report["retriever"]
-        columns[f"{name} mixed with it"] = report["mixed"]["metrics"]
+        columns[f"{name_of_model(args)} mixed with it"] = report["mixed"]["metrics"]
 
     lines = []
     for key, value in before.items():
@@ -4631,12 +4643,11 @@ def table_lines(report, args):
     return lines
 
 
-def search_lines(report, name):
-    """The verdict on the model, which `name` stands for, against the retriever's own order, that on
-    both together, and how much any reranker misses, as lines; none where nothing is known of a
-    retriever."""
+def search_lines(report, args):
+    """The verdict on the model against the retriever's own order, that on both together, and how
+    much any reranker misses, as lines; none where nothing is known of a retriever."""
     lines = []
-    against = report["against_retriever"]
+    name, against = name_of_model(args), report["against_retriever"]
     if against:
         retriever = report["retriever"][against["metric"]]
         if against["after"] < retriever - 1e-9 or against["verdict"] == "worse":
@@ -4652,8 +4663,8 @@ def search_lines(report, name):
             evidence = f"{gain_text(against['metric'], retriever, against)} over {evidence}"
         lines.append(f"Against the retriever: {words_of(against)}. {evidence}.")
         lines.append(mixed_line(report["mixed"], name))
-        if weight_to_save(report) and name == "final_model":
-            weight = weight_to_save(report)
+        weight = weight_to_save(report)
+        if weight and args["epochs"]:  # else nothing is saved
             lines.append(f"retriever_weight {weight}: so rank(…, retriever_scores=…) mixes.")
     if report["all_relevant"]:
         lines.append(all_relevant_line(report["all_relevant"]))

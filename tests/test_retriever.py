@@ -12,7 +12,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY, command_line
 from ir_measures import AP, RR, R, nDCG
+from matplotlib.figure import Figure
 from test_recovery import train_until
+from test_training import scalars_of
 from test_verdict import ARGS, ROWS, candidate_of, dataset_of, queries_of, scores_of
 
 import train_bert_rerank
@@ -617,6 +619,15 @@ def test_a_run_says_how_the_retriever_ranks_and_ends_with_verdicts_against_it_an
     assert json.loads((folder / "eval_report.json").read_text(encoding="utf-8")) == report
 
 
+def test_the_picture_has_a_line_for_the_retriever(mixed_run):
+    _, report, _ = mixed_run
+    for drawn, expected in ((report, [report["retriever"]["ndcg@10"]] * 2), ({**report, "retriever": None}, None)):
+        axes = Figure().subplots()
+        train_bert_rerank.draw_evaluations(axes, drawn)
+        lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+        assert lines.get(f"the retriever's own order ({QUERIES} queries)") == expected
+
+
 def test_the_weight_of_a_better_mixture_is_saved_with_the_model_and_rank_mixes_as_was_measured(mixed_run, data):
     folder, report, _ = mixed_run
     assert report["mixed"]["verdict"] == "better" and 0 < report["mixed"]["weight"] < 1
@@ -700,6 +711,8 @@ def test_any_k_can_be_what_weights_are_compared_by_beside_a_retriever(data, tmp_
     for part in ("before", "after", "fine_tuned", "retriever"):
         assert list(report[part]) == [*RANKING, "ndcg@3", "average_precision", "best_f1"]
     assert "Verdict: " in said and "NDCG@3 " in said and {"ndcg@3"} <= report["history"][0].keys()
+    [gain] = scalars_of(tmp_path / "out")["eval/delta_over_retriever"]
+    assert gain[-1] == pytest.approx(report["against_retriever"]["mean"])
 
 
 @pytest.mark.parametrize("metric", ["ndcg", "ndcg@0", "ndcg@-1", "ndcg@1.5", "map@10", "recall@k", "best_f1", ""])
