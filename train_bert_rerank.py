@@ -14,6 +14,7 @@ in the order in which a run meets it."""
 #   Tokenised data    rows to token ids, in a file
 #   Windows           the samples of an optimizer step, cut into micro-batches
 #   Metrics           of a ranking, with ties
+#   Calibration       what a probability is worth
 #   The retriever     its own order, and mixtures with the model's scores
 #   The run           what is in memory while a run lasts
 #   Preparation       all that comes before the first evaluation
@@ -49,6 +50,7 @@ import threading
 import time
 import unicodedata
 import zlib
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -56,7 +58,7 @@ from datetime import timedelta
 from difflib import get_close_matches
 from functools import cached_property, partial
 from importlib.metadata import version
-from itertools import compress, islice, zip_longest
+from itertools import compress, islice, tee, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1056,9 +1058,14 @@ def check_text(key, text):
         raise ValueError(f"{key} is missing")
     if not isinstance(text, str):
         raise ValueError(f"{key} is no text: {json.dumps(text)[:40]}")
-    if not INVISIBLE.sub("", text).strip():
+    if is_blank(text):
         raise ValueError(f"{key} is blank")
     text.encode()  # raises UnicodeEncodeError, a ValueError, for half of a surrogate pair
+
+
+def is_blank(text):
+    """Whether nothing of `text` shows."""
+    return not INVISIBLE.sub("", text).strip()
 
 
 def check_label(label, min_label, max_label):
@@ -1534,6 +1541,7 @@ PROBES = [
     ("S35充不进电", "Wipe the contacts of the S35, then press it back. 请擦净触点，再试一次。" * 2),
     ("Is it new", "Yes, it is: 2026."),
 ]
+FEWEST_TOKENS = 16  # of a passage, for it to say anything
 
 
 def require_whole_in_transformers(name, revision, local_files_only):
@@ -1816,7 +1824,8 @@ class BertRerankerModel(torch.nn.Module):
     `new_weights` names what the checkpoint lacked (a plain encoder's head) and torch's random
     generator filled in; `has_other_head` tells of one of another size there. An encoded pair is
     (ids, boundary, cut): int32 token ids with special tokens, how many lie in the first segment,
-    and whether nothing (0), the document (1) or the query as well (2) was cut."""
+    and whether nothing (0), the document (1) or the query as well (2) was cut, or the document so
+    that nothing but blanks is left (3)."""
 
     def __init__(self, model, tokenizer, new_weights=()):
         super().__init__()
@@ -1893,6 +1902,18 @@ class BertRerankerModel(torch.nn.Module):
         return [getattr(config, key, "{}") for key in ("query_format", "document_format")]
 
     @property
+    def long_documents(self) -> str:
+        """What is scored of a document that does not fit, as the config holds it: "cut", its
+        beginning, or "best_passage". UserError for anything else."""
+        way = getattr(self.model.config, "long_documents", None) or "cut"
+        if way not in ("cut", "best_passage"):
+            raise UserError(
+                f"long_documents in the model's config.json is {way!r}: it should be cut or "
+                "best_passage"
+            )
+        return way
+
+    @property
     def retriever_weight(self) -> float:
         """Share of the retriever's score where rank() mixes it in, as the config holds it; UserError
         for what is none."""
@@ -1932,16 +1953,59 @@ class BertRerankerModel(torch.nn.Module):
                 f"{special_tokens} special ones and one of the query and of the document each"
             )
         query_format, document_format = self.formats
-        pairs = iter(pairs)
 
-        while chunk := list(islice(pairs, 1000)):
-            queries, documents = zip(*chunk, strict=True)
-            queries = tokens_of([query_format.replace("{}", text) for text in queries])
-            documents = tokens_of([document_format.replace("{}", text) for text in documents])
-            for query, document in zip(queries, documents, strict=True):
+        for chunk in in_chunks(pairs):
+            texts_of_queries, texts = zip(*chunk, strict=True)
+            queries = tokens_of([query_format.replace("{}", text) for text in texts_of_queries])
+            documents = tokens_of([document_format.replace("{}", text) for text in texts])
+            for text, query, document in zip(texts, queries, documents, strict=True):
                 cut = cut_to(room, query, document)
+                # Most tokenizers have no tokens for blanks.
+                if cut and is_blank(text[:1]) and is_blank(self.tokenizer.decode(document.ids)):
+                    cut = 3
                 pair = tokenizer.post_process(query, document)  # adds the special tokens
                 yield np.array(pair.ids, dtype=np.int32), pair.type_ids.count(0), cut
+
+    def encode_passages(self, pairs, max_len):
+        """Yield, for each (query, document) pair, (places, encoded pairs) of its passages: places
+        [P, 2] in the document, from character to character. One that fits is one passage."""
+        pairs, again = tee(pairs)
+        for (query, document), encoded in zip(pairs, self.encode(again, max_len), strict=True):
+            _, _, cut = encoded
+            if not cut:
+                yield [(0, len(document))], [encoded]
+                continue
+            places = self.places_of_passages(query, document, max_len)
+            pieces = [(query, document[start:end]) for start, end in places]
+            yield places, list(self.encode(pieces, max_len))
+
+    def places_of_passages(self, query, document, max_len):
+        """The places [P, 2] of overlapping passages of a document that does not fit. ValueError
+        where the query leaves fewer than 16 tokens to each.
+
+        They are pieces of its text, so that any software that is given one gives it the same score.
+        A piece has as many tokens as fit; a quarter of them stand in the next one too."""
+        tokens_of = partial(self.plain_tokenizer.encode, add_special_tokens=False)
+        query_format, document_format = self.formats
+        taken = (
+            self.plain_tokenizer.num_special_tokens_to_add(is_pair=True)
+            + len(tokens_of(query_format.replace("{}", query)))
+            + len(tokens_of(document_format.replace("{}", "")))
+        )
+        room = max_len - taken
+        if room < FEWEST_TOKENS:
+            raise ValueError(
+                f"max_len {max_len} leaves {max(room, 0)} tokens to a passage beside this query: "
+                f"best_passage takes {FEWEST_TOKENS} or more"
+            )
+
+        offsets = tokens_of(document).offsets
+        overlap = room // 4
+        places = []
+        for first in range(0, len(offsets) - overlap, room - overlap):
+            piece = offsets[first : first + room]
+            places.append((piece[0][0], piece[-1][1]))
+        return places
 
     def collate(self, encoded):
         """Pad B encoded pairs to the longest of them: a dict of tensors [B, T]."""
@@ -2041,11 +2105,12 @@ class BertRerankerModel(torch.nn.Module):
         """Scores [N] of N (query, document) pairs, or of one: arguments and results as in
         CrossEncoder.predict.
 
-        `activation_fn` None is the sigmoid; pairs of over `self.max_len` tokens lose the end of
-        their document. TypeError or ValueError for what are no pairs of texts."""
+        `activation_fn` None is the sigmoid. Pairs of over `self.max_len` tokens lose the end of
+        their document, or have the score of its best passage, as the config's long_documents says.
+        TypeError or ValueError for what are no pairs of texts."""
         is_single = is_one_pair(inputs)
         pairs = checked_pairs("inputs", [inputs] if is_single else inputs)
-        logits = self.logits_of(pairs, batch_size, show_progress_bar)
+        logits, _ = self.best_logits(pairs, batch_size, show_progress_bar)
 
         activation = activation_fn or torch.sigmoid
         scores = activation(logits)
@@ -2053,14 +2118,26 @@ class BertRerankerModel(torch.nn.Module):
             scores = scores.cpu().numpy() if convert_to_numpy else list(scores)
         return scores[0] if is_single else scores
 
-    def logits_of(self, pairs, batch_size, show_progress_bar):
-        """Logits [N] in fp32 of N (query, document) pairs of texts, `batch_size` of the longest at
-        once."""
+    def best_logits(self, pairs, batch_size, show_progress_bar):
+        """(logits [N] in fp32, places [N]) of N (query, document) pairs of texts, `batch_size` of
+        the longest at once: of the best passage of each document, which stands there in it. Where
+        documents are cut, no places."""
         check_whole_number("batch_size", batch_size)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it should be 1 or more")
-        encoded = list(self.encode(pairs, self.max_len))
-        return self.score(encoded, batch_size * self.max_len, show_progress_bar)
+        max_tokens = batch_size * self.max_len
+        if self.long_documents == "cut":
+            encoded = list(self.encode(pairs, self.max_len))
+            return self.score(encoded, max_tokens, show_progress_bar), None
+
+        encoded, places, counts = [], [], []
+        for places_of_pair, passages in self.encode_passages(pairs, self.max_len):
+            encoded += passages
+            places += places_of_pair
+            counts.append(len(passages))
+        logits = self.score(encoded, max_tokens, show_progress_bar)
+        best = best_passages(logits.cpu().numpy(), counts)
+        return logits[best], [places[passage] for passage in best]
 
     def rank(
         self,
@@ -2072,9 +2149,13 @@ class BertRerankerModel(torch.nn.Module):
         show_progress_bar: bool | None = None,
         activation_fn: Callable | None = None,
         retriever_scores: Sequence[float] | None = None,
+        return_passages: bool = False,
     ) -> list[dict]:
-        """Documents, best first, as [{"corpus_id", "score"[, "text"][, "mixed_score"]}]: as in
-        CrossEncoder.rank. TypeError or ValueError for what are no texts.
+        """Documents, best first, as [{"corpus_id", "score"[, "text"][, "passage"][,
+        "mixed_score"]}]: as in CrossEncoder.rank. TypeError or ValueError for what are no texts.
+
+        `return_passages`: of a model whose config has long_documents "best_passage", (start, end)
+        of what was scored of the document, its text[start:end].
 
         With `retriever_scores`, one of each document, any scale, higher is better, the order is
         that of mixed_score: mixture() with the config's retriever_weight (0, the model's order,
@@ -2087,8 +2168,13 @@ class BertRerankerModel(torch.nn.Module):
             check_scorable(f"documents[{index}]", document)
         if retriever_scores is not None:
             retriever_scores = checked_scores(retriever_scores, len(documents))
+        if return_passages and self.long_documents == "cut":
+            raise ValueError(
+                "return_passages: this model cuts long documents. One that was trained, or saved, "
+                'with long_documents "best_passage" in its config scores their passages'
+            )
         pairs = [(query, document) for document in documents]
-        logits = self.logits_of(pairs, batch_size, show_progress_bar)
+        logits, places = self.best_logits(pairs, batch_size, show_progress_bar)
         activation = activation_fn or torch.sigmoid
         scores = activation(logits)
 
@@ -2097,6 +2183,8 @@ class BertRerankerModel(torch.nn.Module):
             hit = {"corpus_id": index, "score": score}
             if return_documents:
                 hit["text"] = documents[index]
+            if return_passages:
+                hit["passage"] = places[index]
             hits.append(hit)
         hits.sort(key=lambda hit: hit["score"], reverse=True)
         if hits and retriever_scores is not None:
@@ -2211,6 +2299,20 @@ def checked_pairs(name, pairs):
     return pairs
 
 
+def in_chunks(pairs):
+    """Yield (query, document) pairs in lists of up to 1,000, of long documents fewer: token ids are
+    small, but until they are taken out of a tokenizer's Encoding they take 100 times their text."""
+    chunk, characters = [], 0
+    for pair in pairs:
+        chunk.append(pair)
+        characters += len(pair[1])
+        if len(chunk) == 1000 or characters > 1_000_000:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
 def cut_to(room, query, document):
     """Cut a pair of tokenizers.Encoding to `room` tokens, in place: 0 where it fits, 1 where the
     document is cut, 2 where the query is too."""
@@ -2233,6 +2335,16 @@ def in_order_of_rows(count, micro_batches, parts, device):
     if parts:
         logits[np.concatenate(micro_batches)] = torch.cat(parts)
     return logits
+
+
+def best_passages(logits, counts):
+    """The numbers [N] of the best passages, of the logits [P] of all, of which N documents have
+    `counts` [N] each, one after the other."""
+    best, first = [], 0
+    for count in counts:
+        best.append(first + int(logits[first : first + count].argmax()))
+        first += count
+    return best
 
 
 def trained_weights(model):
@@ -2266,11 +2378,13 @@ def tokenizer_text(model):
 
 
 class RerankDataset:
-    """N rows: a sequence of encoded pairs, with `labels` [N] in [0, 1] and `lengths` [N] in tokens.
+    """N rows with `labels` [N] in [0, 1]: a sequence of encoded pairs, of `lengths` in tokens, one
+    of each row. Of eval rows scored by their best passage it is as many as passages [P], `counts`
+    [N] of each row.
 
-    The token ids of all rows stand one after the other in an int32 file, `cache`, then their
-    lengths, boundaries, cuts. It is mapped into memory, so that the processes of a machine share
-    it, and named by all that it depends on."""
+    The token ids of all pairs stand one after the other in an int32 file, `cache`, then their
+    lengths, boundaries, cuts, then the counts. It is mapped into memory, so that the processes of a
+    machine share it, and named by all that it depends on."""
 
     def __init__(self, rows, paths, name, model, args):
         self.rows = rows
@@ -2279,19 +2393,46 @@ class RerankDataset:
         scale = args["max_label"] - args["min_label"]
         self.labels = torch.from_numpy((rows["label"] - args["min_label"]) / scale).float()
         self.retriever_weight = model.retriever_weight
+        # Training sees the beginning.
+        self.by_passages = name == "eval" and model.long_documents == "best_passage"
 
         self.cache = self.cache_file(model)
         if not self.cache.exists():
             self.tokenize(name, model)
         self.tokens = tokens_in(self.cache)
-        columns = self.tokens[-3 * (len(rows) + 1) :].reshape(3, -1)
+        ends = len(self.tokens) - len(rows) - 1
+        self.counts = self.tokens[ends:-1]
+        columns = self.tokens[ends - 3 * (self.counts.sum() + 1) : ends].reshape(3, -1)
         self.lengths, self.boundaries, cuts = columns[:, :-1]
         self.ends = np.cumsum(self.lengths, dtype=np.int64)
+        self.mention_long_documents(name, cuts)
+
+    def mention_long_documents(self, name, cuts):
+        """Say how many pairs do not fit, and what becomes of them; UserError where nothing is left
+        of one."""
+        if self.by_passages:
+            long = self.counts > 1
+            if long.any():
+                say(
+                    f"{long.sum()} {name} pairs ({long.mean():.2%}) do not fit max_len: the best of "
+                    f"their passages counts, of {self.counts[long].mean():.1f} on average."
+                )
+            return
+        if (cuts == 3).any():
+            row, *others = self.rows[cuts == 3]
+            raise UserError(
+                f"{self.paths[row['file']]}: line {row['line']}: content begins with so many blanks "
+                f"that max_len leaves nothing else of it ({len(others)} other rows are so): take "
+                "them out"
+            )
         if cuts.any():
             truncated = cuts > 0
+            advice = "training sees the beginning of the document"
+            if name == "eval":
+                advice = "--long_documents best_passage scores all of the document"
             say(
                 f"Warning: max_len truncates {truncated.sum()} {name} pairs "
-                f"({truncated.mean():.2%}), in {(cuts > 1).sum()} the query too."
+                f"({truncated.mean():.2%}), in {(cuts == 2).sum()} the query too; {advice}."
             )
 
     def cache_file(self, model):
@@ -2301,7 +2442,8 @@ class RerankDataset:
             model.model.config.to_json_string(),
             version("tokenizers"),
             self.args["max_len"],
-            "format 1",  # of the file and of what encode() makes
+            self.by_passages,
+            "format 2",  # of the file and of what encode() makes
         )
         digest = hashlib.sha256(self.rows.tobytes() + repr(depends_on).encode())
         return Path(self.args["output_dir"], "cache", f"{digest.hexdigest()}.tokens")
@@ -2309,20 +2451,41 @@ class RerankDataset:
     def tokenize(self, name, model):
         """Write the cache file."""
         count = len(self.rows)
-        # Lengths, boundaries, cuts; a column more than rows, since an empty file could not be
-        # mapped.
-        columns = np.zeros((3, count + 1), dtype=np.int32)
+        columns = array("i")  # length, boundary, cut of each encoded pair
+        counts = np.zeros(count + 1, dtype=np.int32)
         encoded = tqdm(
-            model.encode(self.pairs(), self.args["max_len"]),
+            self.encoded(model),
             desc=f"Tokenizing {name} data",
             total=count,
             disable=not (is_main_process() and count),
         )
         with whole_file(self.cache) as file:
-            for number, (ids, boundary, cut) in enumerate(encoded):
-                columns[:, number] = len(ids), boundary, cut
-                file.write(ids)
-            file.write(columns)
+            for number, passages in enumerate(encoded):
+                counts[number] = len(passages)
+                for ids, boundary, cut in passages:
+                    columns.extend((len(ids), boundary, cut))
+                    file.write(ids)
+            # One more than there are, since an empty file could not be mapped.
+            columns.extend((0, 0, 0))
+            file.write(np.array(columns, dtype=np.int32).reshape(-1, 3).T.tobytes())
+            file.write(counts)
+
+    def encoded(self, model):
+        """Yield the encoded pairs of each row: one, or its passages. UserError where a query leaves
+        these no room."""
+        max_len = self.args["max_len"]
+        if not self.by_passages:
+            for pair in model.encode(self.pairs(), max_len):
+                yield [pair]
+            return
+        number = 0
+        try:
+            for _, passages in model.encode_passages(self.pairs(), max_len):
+                yield passages
+                number += 1
+        except ValueError as error:
+            row = self.rows[number]
+            raise UserError(f"{self.paths[row['file']]}: line {row['line']}: {error}") from error
 
     def pairs(self, chosen=slice(None)):
         """Yield the texts (query, content) of the rows `chosen` (ascending), read anew; UserError
@@ -2367,8 +2530,12 @@ class RerankDataset:
             weight=self.retriever_weight,
         )
 
+    def of_rows(self, logits):
+        """The logits [N] of the rows, of those of all encoded pairs."""
+        return logits[best_passages(logits.numpy(), self.counts)] if self.by_passages else logits
+
     def __len__(self):
-        return len(self.rows)
+        return len(self.lengths)
 
     def __getitem__(self, index):
         end = self.ends[index]
@@ -2701,21 +2868,174 @@ def metrics_of(lists, labels, scores):
 def measure(lists, labels, scores):
     """All metrics of logits [N], and the health of the probabilities: "spread", highest less lowest
     of a query, on average; share "saturated", < 0.01 or > 0.99; means of "relevant" and
-    "irrelevant" rows. None where no rows say anything."""
-    probabilities = torch.from_numpy(scores).sigmoid().numpy()
+    "irrelevant" rows; Brier score and calibration error. None where no rows say anything."""
+    probabilities = probabilities_of(scores)
     spreads = [np.ptp(probabilities[rows]) for rows in lists["all"] if len(rows) > 1]
     health = {
         "spread": mean_or_none(spreads or np.ptp(probabilities)),
         "saturated": mean_or_none(np.abs(probabilities - 0.5) > 0.49),
         "relevant": mean_or_none(probabilities[labels >= 0.5]),
         "irrelevant": mean_or_none(probabilities[labels < 0.5]),
+        "brier": brier_score(probabilities, labels),
+        "calibration_error": Reliability(probabilities, labels, lists["all"]).error,
     }
     return metrics_of(lists, labels, scores), health
+
+
+def probabilities_of(scores):
+    """The probabilities [N] of logits [N] in fp64."""
+    return torch.from_numpy(np.asarray(scores)).sigmoid().numpy()
 
 
 def mean_or_none(values):
     """The mean of numbers as a float; None of none."""
     return float(np.mean(values)) if np.size(values) else None
+
+
+# ---- Calibration ---------------------------------------------------------------------------------
+# Of the rows with a probability of 0.8, 80 % should be relevant; of graded labels, scaled to
+# [0, 1], 0.8 should be the mean.
+BINS = 10
+LEVEL_DRAWS = 200
+INTERVAL_DRAWS = 1000
+PRECISIONS = (0.5, 0.8, 0.9)  # for which the report has thresholds
+HIGH = 0.8  # a run says what a probability from here on was worth
+
+
+def brier_score(probabilities, labels):
+    """Mean squared difference of probabilities [N] and labels [N] (Brier 1950)."""
+    return float(np.mean((probabilities - labels) ** 2))
+
+
+class Reliability:
+    """How far probabilities [N] are from labels [N] in bins of as many rows each, as in a
+    reliability diagram; equal probabilities share a bin. `lists`: the rows of each of Q queries,
+    which are drawn, or not, together."""
+
+    def __init__(self, probabilities, labels, lists):
+        edges = np.quantile(probabilities, np.arange(1, BINS) / BINS)
+        self.bins = np.searchsorted(edges, probabilities, side="right")  # [N]
+        self.probabilities = probabilities
+        self.labels = labels
+        query = np.empty(len(labels), dtype=np.int64)
+        for number, rows in enumerate(lists):
+            query[rows] = number
+        self.cells = query * BINS + self.bins  # [N], of a table of queries and bins
+        self.rows = np.bincount(query)  # [Q], of each query
+        self.raw_error = np.abs(self.table(probabilities - labels).sum(0)).sum() / len(labels)
+
+    def table(self, values):
+        """The sums [Q, BINS] of `values` [N] by query and bin."""
+        sums = np.bincount(self.cells, values, len(self.rows) * BINS)
+        return sums.reshape(-1, BINS)
+
+    def means(self, values):
+        """The mean of `values` [N] in each bin that has rows."""
+        sums = np.bincount(self.bins, values, BINS)
+        counts = np.bincount(self.bins, minlength=BINS)
+        return sums[counts > 0] / counts[counts > 0]
+
+    @cached_property
+    def level(self):
+        """What the error would be on average if the probabilities were right: in each bin the rows
+        keep their differences, less the mean of them, and each query's turn over by chance. (Labels
+        drawn by the probabilities would take a query's rows for independent, of which often exactly
+        one is relevant, and grades for 0 or 1.)"""
+        differences = self.probabilities - self.labels
+        sums, counts = np.bincount(self.bins, differences), np.bincount(self.bins)
+        chance = self.table(differences - (sums / np.maximum(counts, 1))[self.bins])
+        generator = np.random.default_rng(0)  # the same draws for whatever is compared
+        errors = []
+        for _ in range(LEVEL_DRAWS):
+            signs = generator.choice([-1.0, 1.0], len(chance))
+            errors.append(np.abs(signs @ chance).sum() / len(differences))
+        return np.mean(errors)
+
+    @cached_property
+    def error(self):
+        """The expected calibration error, mean |probability − label| of the bins, without what
+        chance puts into it. Squares are subtracted, as of variances: the level itself would take a
+        true 0.12 of 30 queries down to 0.06 (benchmarks/calibration.py)."""
+        return float(without_level(self.raw_error, self.level))
+
+    def ci95(self, seed):
+        """95 % interval [low, high] of the error: its quantiles where queries are drawn anew, by
+        which chance comes into the error a second time."""
+        differences = self.table(self.probabilities - self.labels)
+        generator = np.random.default_rng(seed)
+        queries = len(self.rows)
+        errors = []
+        for _ in range(INTERVAL_DRAWS):
+            times_drawn = generator.multinomial(queries, np.full(queries, 1 / queries))
+            error = np.abs(times_drawn @ differences).sum() / (times_drawn @ self.rows)
+            errors.append(without_level(error, math.sqrt(2) * self.level))
+        return np.quantile(errors, [0.025, 0.975]).tolist()
+
+
+def without_level(error, level):
+    """An error without the share that chance has in it."""
+    return math.sqrt(max(error**2 - level**2, 0))
+
+
+def calibration_of(scores, labels, lists, seed):
+    """What the report says of the probabilities of logits [N]: Brier score, calibration error with
+    its interval (None of fewer than 20 queries), the bins, and what rows from 0.8 on are worth."""
+    probabilities = probabilities_of(scores)
+    reliability = Reliability(probabilities, labels, lists)
+    high = labels[probabilities >= HIGH]
+    return {
+        "brier": brier_score(probabilities, labels),
+        "error": reliability.error,
+        "ci95": reliability.ci95(seed) if len(lists) >= ENOUGH["queries"] else None,
+        "raw_error": float(reliability.raw_error),
+        "level": float(reliability.level),
+        "bins": {
+            "rows": np.unique(reliability.bins, return_counts=True)[1].tolist(),
+            "probability": reliability.means(probabilities).tolist(),
+            "label": reliability.means(labels).tolist(),
+        },
+        "high": {"from": HIGH, "rows": len(high), "label": mean_or_none(high)},
+    }
+
+
+def threshold_for(precision, labels, scores):
+    """The lowest score from which on so large a share of the rows is relevant; None where there is
+    none."""
+    group, sizes = tie_groups(scores)
+    hits = np.cumsum(np.bincount(group, labels >= 0.5))  # among the rows down to each group
+    reached = np.flatnonzero(hits >= precision * np.cumsum(sizes) - 1e-9)
+    if not len(reached):
+        return None
+    last = reached[-1]
+    lowest = scores[group == last].min()
+    below = scores[group > last]
+    return (lowest + below.max()) / 2 if len(below) else lowest
+
+
+def cross_fit_threshold(precision, labels, scores, lists, seed):
+    """What the report says of a threshold for `precision`: the probability to take rows from, and
+    precision and recall of such thresholds on the half of the queries that did not choose them.
+    None where all rows, or a half, do not reach it."""
+    if len(lists) < FEWEST_TO_HALVE:
+        return None
+    first_half, second_half = halves(len(lists), seed)
+    first = np.concatenate([lists[query] for query in first_half])
+    second = np.concatenate([lists[query] for query in second_half])
+    threshold = threshold_for(precision, labels, scores)
+    chosen_on_first = threshold_for(precision, labels[first], scores[first])
+    chosen_on_second = threshold_for(precision, labels[second], scores[second])
+    if None in (threshold, chosen_on_first, chosen_on_second):
+        return None
+
+    is_taken = np.empty(len(scores), dtype=bool)
+    is_taken[first] = scores[first] >= chosen_on_second
+    is_taken[second] = scores[second] >= chosen_on_first
+    is_relevant = labels >= 0.5
+    return {
+        "threshold": float(probabilities_of(threshold)),
+        "precision": mean_or_none(is_relevant[is_taken]),
+        "recall": mean_or_none(is_taken[is_relevant]),
+    }
 
 
 # ---- The retriever -------------------------------------------------------------------------------
@@ -3122,6 +3442,8 @@ def load_base(args):
     for key in ("query_format", "document_format"):
         if args[key] != "{}":
             config.update({key: args[key]})
+    if args["long_documents"]:
+        config.update({"long_documents": args["long_documents"]})
     # Pipelines and CrossEncoder apply the sigmoid to a logit where the config says so, in a word of
     # today; one of yesterday would go before it.
     vars(config).pop("sbert_ce_default_activation_function", None)
@@ -3612,7 +3934,7 @@ def evaluate(run, step=0, base_interpolation=0.0):
     logits = score_together(run, dataset, run.progress.max_tokens, is_main_process())
     if logits is None:
         return None
-    scores = logits.cpu().double()
+    scores = dataset.of_rows(logits.cpu().double())
     metrics = dict.fromkeys(metrics_in(dataset.lists))
     candidate = Candidate(step, run.epoch_of(step), base_interpolation, scores, metrics)
     if step == 0:
@@ -4423,9 +4745,15 @@ def judge(candidates, dataset, metric, args):
         "verdict": gain["verdict"],
         "too_few": gain["too_few"],
         "threshold": threshold_of(kept, labels),
+        "thresholds": thresholds_of(kept, dataset, args["seed"]),
+        "calibration": {
+            "before": calibration_of(base.scores, labels, dataset.lists["all"], args["seed"]),
+            "after": calibration_of(kept.scores, labels, dataset.lists["all"], args["seed"]),
+        },
         "history": history,
         "chosen": chosen,
         "base_has_new_head": base.has_new_head,
+        "graded": bool(((labels > 0) & (labels < 1)).any()),
         "retriever": None,
         "against_retriever": None,
         "mixed": None,
@@ -4558,13 +4886,24 @@ def threshold_of(candidate, labels):
     return torch.tensor(score).sigmoid().item()
 
 
+def thresholds_of(candidate, dataset, seed):
+    """{precision: what cross_fit_threshold() says of it}, as JSON has it."""
+    labels, scores = dataset.labels.numpy(), np.asarray(candidate.scores)
+    thresholds = {}
+    for precision in PRECISIONS:
+        thresholds[str(precision)] = cross_fit_threshold(
+            precision, labels, scores, dataset.lists["all"], seed
+        )
+    return thresholds
+
+
 def verdict_text(report, args):
     """All metrics, then what final_model holds, and last the verdicts and what to try next, as
     lines."""
     before, tuned, metric = report["before"], report["fine_tuned"], report["metric"]
     lines = table_lines(report, args)
     if not args["epochs"]:
-        lines += search_lines(report, args)
+        lines += [*search_lines(report, args), probability_line(report, args)]
         return "\n".join(lines)
 
     chosen = report["chosen"]
@@ -4604,7 +4943,7 @@ def verdict_text(report, args):
             "need not be good: compare it with a trained reranker "
             "(--epochs 0 --model_name_or_path BAAI/bge-reranker-base)."
         )
-    lines += search_lines(report, args)
+    lines += [*search_lines(report, args), probability_line(report, args)]
     if report["against_retriever"] and report["against_retriever"]["verdict"] == "worse":
         advice = "train on what this retriever finds, with hard negatives (docs/retriever.md)"
     lines.append(f"Next: {advice}.")
@@ -4709,6 +5048,27 @@ def all_relevant_line(of_all):
         f"{of_all['found']} are among the candidates. NDCG@10 by all of them: "
         f"{', '.join(columns)}; no reranker can have more than {values['ceiling']:.3f}."
     )
+
+
+def probability_line(report, args):
+    """What the probabilities are worth: how far they are from what was relevant, and how much was
+    where they are high."""
+    calibration = report["calibration"]["after"]
+    line = f"Probabilities of {name_of_model(args)}: calibration error {calibration['error']:.3f}"
+    advice = ""
+    if calibration["ci95"]:
+        low, high = calibration["ci95"]
+        line += f", 95 % interval [{low:.3f}, {high:.3f}]"
+        if low > 0:
+            advice = " tools/calibrate.py mends them."
+    line += f"; Brier score {calibration['brier']:.3f}."
+    of_high = calibration["high"]
+    if not of_high["rows"]:
+        return f"{line} No row has {of_high['from']} or more.{advice}"
+    share = f"{of_high['label']:.0%} are relevant"
+    if report["graded"]:
+        share = f"the mean label is {of_high['label']:.2f} on a scale from 0 to 1"
+    return f"{line} Of {of_high['rows']} rows with {of_high['from']} or more {share}.{advice}"
 
 
 def base_name(args):
@@ -4926,24 +5286,27 @@ def write_evaluation(folder, dataset, report, scores):
 
     probabilities = {title: logits.sigmoid().numpy() for title, logits in scores.items()}
     columns = list(probabilities.values())
-    all_rows = np.arange(len(dataset))
+    all_rows = np.arange(len(dataset.rows))
     path = folder / "predictions.jsonl"
     write_rows(path, dataset, all_rows, score_before=columns[0], score_after=columns[-1])
-    draw_score_distribution(probabilities, dataset.labels, folder / "score_distribution.png")
+    path = folder / "score_distribution.png"
+    draw_score_distribution(probabilities, dataset.labels, report["calibration"], path)
 
 
-def draw_score_distribution(probabilities, labels, path):
+def draw_score_distribution(probabilities, labels, calibration, path):
     """Draw, beside each other, histograms of `probabilities`, {title: [N]}, of relevant and of
-    irrelevant rows."""
+    irrelevant rows, and how many were relevant of those with a probability."""
     from matplotlib.figure import Figure
 
     irrelevant, relevant = np.flatnonzero(labels < 0.5), np.flatnonzero(labels >= 0.5)
     sides = [irrelevant, relevant]
     # What a row counts in the bars, in percent of its side.
     percent = [np.full(len(rows), 100 / max(len(rows), 1)) for rows in sides]
-    figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
-    panels = figure.subplots(1, len(probabilities), sharey=True, squeeze=False)[0]
+    count = len(probabilities)
+    figure = Figure(figsize=(4.5 * (count + 1), 4), dpi=120, layout="constrained")
+    *panels, last = figure.subplots(1, count + 1, squeeze=False)[0]
     for axes, (title, values) in zip(panels, probabilities.items(), strict=True):
+        axes.sharey(panels[0])
         axes.hist(
             [values[rows] for rows in sides],
             bins=np.linspace(0, 1, 21),
@@ -4957,7 +5320,26 @@ def draw_score_distribution(probabilities, labels, path):
             ylabel="share of these rows, %",
         )
         axes.legend()
+    draw_reliability(last, list(probabilities), calibration)
     figure.savefig(path)
+
+
+def draw_reliability(axes, titles, calibration):
+    """Draw the mean label of rows over their mean probability: on the diagonal where these are
+    right. One of `titles` alone is that of the model as it is."""
+    axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="right")
+    columns = (calibration["before"], calibration["after"])[-len(titles) :]
+    colors = ("0.4", "tab:green")[-len(titles) :]
+    for title, values, color in zip(titles, columns, colors, strict=True):
+        bins = values["bins"]
+        label = f"{title}: error {values['error']:.3f}"
+        axes.plot(bins["probability"], bins["label"], "o-", color=color, label=label)
+    axes.set(
+        title="of rows with this probability, so many were relevant",
+        xlabel="probability of being relevant, by the model",
+        ylabel="share that is relevant",
+    )
+    axes.legend()
 
 
 def write_rows_to_check(path, dataset, row_sums):
@@ -5006,10 +5388,34 @@ print(pipeline("text-classification", folder, truncation="only_second")\
 ([dict(text=q, text_pair=d) for q, d in pairs]))
 ```
 
-{mixture}## Training
+{long_documents}{mixture}## Training
 ```
 {settings}
 ```
+"""
+PASSAGES_IN_CARD = """## Long documents
+
+A document that does not fit in {max_length} tokens beside its query has the score of its best
+passage. `predict` and `rank` of train_bert_rerank see to this; other software cuts the document,
+unless it is given the passages one by one, of which the largest score counts:
+```python
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(folder)
+def tokens_of(text):
+    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+def passages(query, document):
+    taken = len(tokens_of({query})) + tokenizer.num_special_tokens_to_add(pair=True)
+    room = {max_length} - taken - len(tokens_of({empty_document}))
+    places = tokens_of(document)
+    if len(places) <= room:
+        return [document]
+    pieces = []
+    for first in range(0, len(places) - room // 4, room - room // 4):
+        piece = places[first : first + room]
+        pieces.append(document[piece[0][0] : piece[-1][1]])
+    return pieces
+```
+
 """
 MIXTURE_IN_CARD = """## With a retriever
 
@@ -5057,20 +5463,28 @@ def write_model_card(run, outcome):
     settings["samples of a step"] = run.samples_per_step
     settings.update(run.record["versions"])
     query_format, document_format = run.model.formats
+    formats = {
+        "query": formatted("query", query_format),
+        "document": formatted("document", document_format),
+        "empty_document": repr(document_format.replace("{}", "")),
+        "max_length": run.model.tokenizer.model_max_length,
+    }
+    long_documents = ""
+    if run.model.long_documents == "best_passage":
+        long_documents = PASSAGES_IN_CARD.format(**formats)
     mixture = ""
     if weight_to_save(report):
         mixed = report["mixed"]
         mixture = MIXTURE_IN_CARD.format(**mixed, model_share=round(1 - mixed["weight"], 9))
     text = CARD.format(
+        long_documents=long_documents,
         mixture=mixture,
         metadata=metadata.to_yaml(),
         title=title,
         verdict=outcome.text,
         query_format=query_format,
         document_format=document_format,
-        query=formatted("query", query_format),
-        document=formatted("document", document_format),
-        max_length=run.model.tokenizer.model_max_length,
+        **formats,
         settings="\n".join(f"{key}: {value}" for key, value in settings.items()),
     )
     (run.folder / "final_model" / "README.md").write_text(printable(text), "utf-8")
@@ -5284,6 +5698,7 @@ def main():
         "max_label": 1,  # float: label in the data that means fully relevant
         "query_format": "{}",  # str: what a query becomes, at inference too, such as "query: {}"; "{}": as saved
         "document_format": "{}",  # str: the same for a document
+        "long_documents": None,  # "cut" | "best_passage" | None: what is scored of one that does not fit
         "epochs": 3,  # int 0..: passes over the training rows; 0: evaluate the model as it is, and no more
         "lr": 1e-5,  # float 0..: peak learning rate
         "batch_size": 2,  # int 1..: batch_size * gradient_accumulation_steps * processes: samples of an optimizer step
