@@ -1960,11 +1960,15 @@ class BertRerankerModel(torch.nn.Module):
             documents = tokens_of([document_format.replace("{}", text) for text in texts])
             for text, query, document in zip(texts, queries, documents, strict=True):
                 cut = cut_to(room, query, document)
-                # Most tokenizers have no tokens for blanks.
-                if cut and is_blank(text[:1]) and is_blank(self.tokenizer.decode(document.ids)):
+                if cut and is_blank(text[:1]) and self.are_blanks(document.ids):
                     cut = 3
                 pair = tokenizer.post_process(query, document)  # adds the special tokens
                 yield np.array(pair.ids, dtype=np.int32), pair.type_ids.count(0), cut
+
+    def are_blanks(self, ids):
+        """Whether token ids stand for nothing that shows. Most tokenizers have none for blanks."""
+        text = self.tokenizer.decode(ids)
+        return is_blank(text.strip("\ufffd"))  # a cut may go through a character
 
     def encode_passages(self, pairs, max_len):
         """Yield, for each (query, document) pair, (places, encoded pairs) of its passages: places
@@ -2915,25 +2919,26 @@ class Reliability:
     def __init__(self, probabilities, labels, lists):
         edges = np.quantile(probabilities, np.arange(1, BINS) / BINS)
         self.bins = np.searchsorted(edges, probabilities, side="right")  # [N]
-        self.probabilities = probabilities
-        self.labels = labels
-        query = np.empty(len(labels), dtype=np.int64)
+        self.differences = probabilities - labels  # [N]
+        self.query = np.empty(len(labels), dtype=np.int64)  # [N]
         for number, rows in enumerate(lists):
-            query[rows] = number
-        self.cells = query * BINS + self.bins  # [N], of a table of queries and bins
-        self.rows = np.bincount(query)  # [Q], of each query
-        self.raw_error = np.abs(self.table(probabilities - labels).sum(0)).sum() / len(labels)
-
-    def table(self, values):
-        """The sums [Q, BINS] of `values` [N] by query and bin."""
-        sums = np.bincount(self.cells, values, len(self.rows) * BINS)
-        return sums.reshape(-1, BINS)
+            self.query[rows] = number
+        self.raw_error = np.abs(np.bincount(self.bins, self.differences)).sum() / len(labels)
 
     def means(self, values):
         """The mean of `values` [N] in each bin that has rows."""
-        sums = np.bincount(self.bins, values, BINS)
-        counts = np.bincount(self.bins, minlength=BINS)
+        counts = np.bincount(self.bins)
+        sums = np.bincount(self.bins, values)
         return sums[counts > 0] / counts[counts > 0]
+
+    def table(self, values):
+        """The sums [Q, BINS] of `values` [N] by query and bin, and [Q] how many rows a query has.
+        Queries stand by these, not as in the file, whose order is to change no draw."""
+        cells = self.query * BINS + self.bins
+        rows = np.bincount(self.query)
+        sums = np.bincount(cells, values, len(rows) * BINS).reshape(-1, BINS)
+        order = np.lexsort(sums.round(9).T)
+        return sums[order], rows[order]
 
     @cached_property
     def level(self):
@@ -2941,35 +2946,36 @@ class Reliability:
         keep their differences, less the mean of them, and each query's turn over by chance. (Labels
         drawn by the probabilities would take a query's rows for independent, of which often exactly
         one is relevant, and grades for 0 or 1.)"""
-        differences = self.probabilities - self.labels
-        sums, counts = np.bincount(self.bins, differences), np.bincount(self.bins)
-        chance = self.table(differences - (sums / np.maximum(counts, 1))[self.bins])
+        means = np.bincount(self.bins, self.differences) / np.maximum(np.bincount(self.bins), 1)
+        chance, rows = self.table(self.differences - means[self.bins])
         generator = np.random.default_rng(0)  # the same draws for whatever is compared
         errors = []
         for _ in range(LEVEL_DRAWS):
-            signs = generator.choice([-1.0, 1.0], len(chance))
-            errors.append(np.abs(signs @ chance).sum() / len(differences))
-        return np.mean(errors)
+            signs = generator.choice([-1.0, 1.0], len(rows))
+            errors.append(np.abs(signs @ chance).sum() / rows.sum())
+        return float(np.mean(errors))
 
     @cached_property
     def error(self):
         """The expected calibration error, mean |probability − label| of the bins, without what
         chance puts into it. Squares are subtracted, as of variances: the level itself would take a
         true 0.12 of 30 queries down to 0.06 (benchmarks/calibration.py)."""
-        return float(without_level(self.raw_error, self.level))
+        return without_level(self.raw_error, self.level)
 
     def ci95(self, seed):
         """95 % interval [low, high] of the error: its quantiles where queries are drawn anew, by
         which chance comes into the error a second time."""
-        differences = self.table(self.probabilities - self.labels)
+        differences, rows = self.table(self.differences)
         generator = np.random.default_rng(seed)
-        queries = len(self.rows)
+        shares = np.full(len(rows), 1 / len(rows))
         errors = []
         for _ in range(INTERVAL_DRAWS):
-            times_drawn = generator.multinomial(queries, np.full(queries, 1 / queries))
-            error = np.abs(times_drawn @ differences).sum() / (times_drawn @ self.rows)
+            times_drawn = generator.multinomial(len(rows), shares)
+            error = np.abs(times_drawn @ differences).sum() / (times_drawn @ rows)
             errors.append(without_level(error, math.sqrt(2) * self.level))
-        return np.quantile(errors, [0.025, 0.975]).tolist()
+        low, high = np.quantile(errors, [0.025, 0.975]).tolist()
+        # Queries that hardly differ bring less chance in than the level takes out.
+        return [min(low, self.error), max(high, self.error)]
 
 
 def without_level(error, level):
@@ -2988,13 +2994,14 @@ def calibration_of(scores, labels, lists, seed):
         "error": reliability.error,
         "ci95": reliability.ci95(seed) if len(lists) >= ENOUGH["queries"] else None,
         "raw_error": float(reliability.raw_error),
-        "level": float(reliability.level),
+        "level": reliability.level,
         "bins": {
             "rows": np.unique(reliability.bins, return_counts=True)[1].tolist(),
             "probability": reliability.means(probabilities).tolist(),
             "label": reliability.means(labels).tolist(),
         },
         "high": {"from": HIGH, "rows": len(high), "label": mean_or_none(high)},
+        "graded": bool(((labels > 0) & (labels < 1)).any()),
     }
 
 
@@ -4753,7 +4760,6 @@ def judge(candidates, dataset, metric, args):
         "history": history,
         "chosen": chosen,
         "base_has_new_head": base.has_new_head,
-        "graded": bool(((labels > 0) & (labels < 1)).any()),
         "retriever": None,
         "against_retriever": None,
         "mixed": None,
@@ -4901,9 +4907,9 @@ def verdict_text(report, args):
     """All metrics, then what final_model holds, and last the verdicts and what to try next, as
     lines."""
     before, tuned, metric = report["before"], report["fine_tuned"], report["metric"]
-    lines = table_lines(report, args)
+    lines = [*table_lines(report, args), probability_line(report, args)]
     if not args["epochs"]:
-        lines += [*search_lines(report, args), probability_line(report, args)]
+        lines += search_lines(report, args)
         return "\n".join(lines)
 
     chosen = report["chosen"]
@@ -4943,7 +4949,7 @@ def verdict_text(report, args):
             "need not be good: compare it with a trained reranker "
             "(--epochs 0 --model_name_or_path BAAI/bge-reranker-base)."
         )
-    lines += [*search_lines(report, args), probability_line(report, args)]
+    lines += search_lines(report, args)
     if report["against_retriever"] and report["against_retriever"]["verdict"] == "worse":
         advice = "train on what this retriever finds, with hard negatives (docs/retriever.md)"
     lines.append(f"Next: {advice}.")
@@ -5066,7 +5072,7 @@ def probability_line(report, args):
     if not of_high["rows"]:
         return f"{line} No row has {of_high['from']} or more.{advice}"
     share = f"{of_high['label']:.0%} are relevant"
-    if report["graded"]:
+    if calibration["graded"]:
         share = f"the mean label is {of_high['label']:.2f} on a scale from 0 to 1"
     return f"{line} Of {of_high['rows']} rows with {of_high['from']} or more {share}.{advice}"
 
@@ -5327,7 +5333,7 @@ def draw_score_distribution(probabilities, labels, calibration, path):
 def draw_reliability(axes, titles, calibration):
     """Draw the mean label of rows over their mean probability: on the diagonal where these are
     right. One of `titles` alone is that of the model as it is."""
-    axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="right")
+    axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="where they are right")
     columns = (calibration["before"], calibration["after"])[-len(titles) :]
     colors = ("0.4", "tab:green")[-len(titles) :]
     for title, values, color in zip(titles, columns, colors, strict=True):
@@ -5335,9 +5341,9 @@ def draw_reliability(axes, titles, calibration):
         label = f"{title}: error {values['error']:.3f}"
         axes.plot(bins["probability"], bins["label"], "o-", color=color, label=label)
     axes.set(
-        title="of rows with this probability, so many were relevant",
+        title="of rows so probable, so many are relevant",
         xlabel="probability of being relevant, by the model",
-        ylabel="share that is relevant",
+        ylabel="share that is relevant (mean label)",
     )
     axes.legend()
 

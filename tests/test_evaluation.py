@@ -303,20 +303,25 @@ def test_health_is_that_computed_by_hand():
         "saturated": pytest.approx(2 / 6),
         "relevant": pytest.approx((0.9 + 0.5) / 2),  # from 0.5 on
         "irrelevant": pytest.approx((0.1 + 0.995 + 0.3 + 0.005) / 4),
+        "brier": pytest.approx((0.1**2 + 0.1**2 + 0.745**2 + 0.3**2 + 0.005**2) / 6),
+        # Each row is a bin of its own, which tells nothing of chance.
+        "calibration_error": pytest.approx((0.1 + 0.1 + 0.745 + 0.3 + 0.005) / 6),
     }
     assert {type(value) for value in health.values()} == {float}
 
 
 def test_health_of_rows_that_are_their_querys_only_ones_takes_their_spread_over_all_and_none_for_no_rows():
     health = health_of([1, 1, 1], [0, 0, 0], [0.2, 0.6, 0.4])
-    assert health == {"spread": pytest.approx(0.4), "saturated": 0, "relevant": None, "irrelevant": pytest.approx(0.4)}
+    assert [health["spread"], health["irrelevant"]] == pytest.approx([0.4, 0.4])
+    assert (health["saturated"], health["relevant"]) == (0, None)
     assert health_of([2], [1, 1], [0.2, 0.6])["irrelevant"] is None
 
 
 def test_scores_beyond_what_a_probability_can_tell_overflow_nothing():
     with np.errstate(over="raise", invalid="raise"):
         health = measured([np.arange(3)], [1, 0, 0], [1e4, -1e4, 0])[1]
-    assert health == {"spread": 1, "saturated": pytest.approx(2 / 3), "relevant": 1, "irrelevant": 0.25}
+    errors = {"brier": pytest.approx(0.25 / 3), "calibration_error": pytest.approx(0.5 / 3)}
+    assert health == {"spread": 1, "saturated": pytest.approx(2 / 3), "relevant": 1, "irrelevant": 0.25, **errors}
 
 
 # ---- Values whose mean is the metric ---------------------------------------------------------------------------------

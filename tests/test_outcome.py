@@ -256,7 +256,7 @@ def test_an_offset_of_any_size_is_taken_out_and_mixtures_do_not_bring_it_back(da
     train_bert_rerank.train(settings)
     out = capsys.readouterr().out
     assert float(re.search(r"The logits stand (\S+) off", out)[1]) == pytest.approx(offset, abs=1)
-    mixtures = re.findall(r"mixed with \d+% of the base: .* saturated (\S+), relevant (\S+), irrelevant (\S+)", out)
+    mixtures = re.findall(r"mixed with \d+% of the base: .* saturated (\S+), relevant (\S+), irrelevant ([\d.]+)", out)
     assert len(mixtures) == 3 and all(float(share) == 0 for share, *_ in mixtures)
     assert all(0.1 < float(mean) < 0.9 for _, *means in mixtures for mean in means)
 

@@ -403,7 +403,7 @@ def test_the_report_is_strict_json_of_the_promised_keys(labels, sizes, metric, n
     assert set(report) == {
         "dataset", "queries", "queries_left_out", "metric", "before", "after", "fine_tuned", "delta", "verdict",
         "too_few", "threshold", "history", "chosen", "base_has_new_head", "retriever", "against_retriever", "mixed",
-        "all_relevant",
+        "all_relevant", "calibration", "thresholds",
     }  # fmt: skip
     keys = set(METRICS)
     for part in ("before", "after", "fine_tuned"):

@@ -1,0 +1,282 @@
+"""What a probability is worth: Brier score, calibration error without chance, thresholds, words and picture."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY
+from matplotlib.figure import Figure
+from scipy.special import expit, logit
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import brier_score_loss, precision_recall_curve
+from test_training import scalars_of
+from test_verdict import ARGS, candidate_of, dataset_of, judged, queries_of, scores_of
+
+from train_bert_rerank import (
+    BINS,
+    METRICS,
+    Reliability,
+    brier_score,
+    calibration_of,
+    cross_fit_threshold,
+    draw_reliability,
+    draw_score_distribution,
+    halves,
+    judge,
+    probability_line,
+    threshold_for,
+    train,
+    verdict_text,
+)
+
+CANDIDATES = 8
+
+
+@pytest.fixture
+def generator():
+    return np.random.default_rng(7)
+
+
+def lists_of(queries, candidates=CANDIDATES):
+    return list(np.arange(queries * candidates).reshape(queries, candidates))
+
+
+def drawn(generator, queries, offset=0.0, slope=1.0):
+    """Labels [N] of queries that share an effect, and probabilities [N] that are `offset` and `slope` off."""
+    logits = generator.normal(-1, 1.5, (queries, CANDIDATES))
+    labels = generator.random(logits.shape) < expit(logits)
+    return labels.ravel().astype(float), expit(slope * logits + offset).ravel()
+
+
+# ---- Brier score and bins --------------------------------------------------------------------------------------------
+def test_brier_score_and_bins_are_scikit_learns(generator):
+    labels, probabilities = drawn(generator, 100, offset=0.7)
+    assert brier_score(probabilities, labels) == pytest.approx(brier_score_loss(labels, probabilities))
+    reliability = Reliability(probabilities, labels, lists_of(100))
+    relevant, mean = calibration_curve(labels, probabilities, n_bins=BINS, strategy="quantile")
+    np.testing.assert_allclose(reliability.means(labels), relevant)
+    np.testing.assert_allclose(reliability.means(probabilities), mean)
+    assert np.bincount(reliability.bins).tolist() == [80] * BINS
+    assert reliability.raw_error == pytest.approx(np.abs(relevant - mean).mean())
+
+
+def test_equal_probabilities_share_a_bin_whatever_the_order_of_their_rows():
+    labels = np.array([1.0, 0, 0, 0] * 25)
+    reliability = Reliability(np.full(100, 0.25), labels, lists_of(25, 4))
+    assert reliability.raw_error == 0 and reliability.error == 0
+    apart = Reliability(np.full(100, 0.25), np.sort(labels), lists_of(25, 4))
+    assert apart.raw_error == 0, "bins by place in the file would hold relevant rows alone"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9, 11])
+def test_fewer_rows_than_bins_are_measured_as_they_are(count):
+    labels, probabilities = np.arange(count) % 2.0, np.linspace(0.1, 0.8, count)
+    calibration = calibration_of(logit(probabilities), labels, [np.arange(count)], seed=0)
+    assert calibration["raw_error"] == pytest.approx(np.abs(labels - probabilities).mean(), abs=0.5)
+    assert calibration["ci95"] is None and sum(calibration["bins"]["rows"]) == count
+    assert json.loads(json.dumps(calibration, allow_nan=False)) == calibration
+
+
+def test_the_order_of_the_file_changes_nothing(generator):
+    labels, probabilities = drawn(generator, 60, offset=0.3)
+    first = Reliability(probabilities, labels, lists_of(60))
+    order = generator.permutation(480)
+    lists = [np.flatnonzero(order // CANDIDATES == query) for query in generator.permutation(60)]
+    other = Reliability(probabilities[order], labels[order], lists)
+    assert other.level == pytest.approx(first.level, abs=1e-12)
+    assert other.ci95(3) == pytest.approx(first.ci95(3), abs=1e-12)
+
+
+# ---- Without what chance puts into it --------------------------------------------------------------------------------
+def test_the_level_of_chance_is_the_error_of_labels_drawn_by_the_probabilities(generator):
+    _, probabilities = drawn(generator, 80)
+    errors, levels = [], []
+    for _ in range(200):
+        labels = (generator.random(len(probabilities)) < probabilities).astype(float)
+        reliability = Reliability(probabilities, labels, lists_of(80))
+        errors.append(reliability.raw_error)
+        levels.append(reliability.level)
+    assert np.mean(levels) == pytest.approx(np.mean(errors), rel=0.07)
+
+
+@pytest.mark.parametrize("offset, slope, true", [(0.0, 1.0, 0.0), (0.7, 1.0, 0.118), (1.5, 2.0, 0.138)])
+def test_the_error_is_the_true_one_on_average_and_its_interval_holds_it(generator, offset, slope, true):
+    labels, probabilities = drawn(generator, 30_000, offset, slope)
+    assert Reliability(probabilities, labels, lists_of(30_000)).raw_error == pytest.approx(true, abs=0.006)
+    errors, raw, held = [], [], 0
+    for draw in range(60):
+        reliability = Reliability(*drawn(generator, 40, offset, slope)[::-1], lists_of(40))
+        errors.append(reliability.error)
+        raw.append(reliability.raw_error)
+        low, high = reliability.ci95(draw)
+        held += low <= true + 0.003 and true - 0.003 <= high
+    assert held >= 52, "19 of 20 intervals hold it"
+    assert np.mean(errors) == pytest.approx(true, abs=0.025) and np.mean(raw) > np.mean(errors)
+    if true:  # where the level itself would take a third of it away
+        assert np.mean(errors) > true - 0.015
+
+
+def test_grades_are_measured_by_their_mean_and_bring_less_chance_than_zeros_and_ones(generator):
+    probabilities = generator.uniform(0.2, 0.8, 800)
+    grades = np.clip(probabilities + generator.uniform(-0.15, 0.15, 800), 0, 1)
+    binary = (generator.random(800) < probabilities).astype(float)
+    by_grades, by_binary = (Reliability(probabilities, labels, lists_of(100)) for labels in (grades, binary))
+    assert by_grades.level < by_binary.level / 3 and by_grades.error < 0.01
+
+
+def test_an_error_lies_in_its_interval_where_queries_are_all_alike():
+    labels, probabilities = np.tile([1.0, 0, 0, 0], 40), np.tile([0.6, 0.4, 0.4, 0.1, 0.7, 0.2, 0.2, 0.2], 20)
+    reliability = Reliability(probabilities, labels, lists_of(40, 4))
+    low, high = reliability.ci95(0)
+    assert low <= reliability.error <= high
+
+
+# ---- Thresholds ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("precision", [0.5, 0.8, 0.9])
+def test_a_threshold_takes_as_many_rows_as_the_precision_allows(generator, precision):
+    labels = (generator.random(400) < 0.3).astype(float)
+    scores = labels * 2 + generator.normal(0, 1, 400)
+    threshold = threshold_for(precision, labels, scores)
+    precisions, recalls, thresholds = precision_recall_curve(labels, scores)
+    lowest = thresholds[np.flatnonzero(precisions[:-1] >= precision)[0]]
+    assert thresholds[thresholds < lowest].max() < threshold < lowest
+    taken = scores >= threshold
+    assert labels[taken].mean() >= precision and taken.sum() == (scores >= lowest).sum()
+
+
+def test_a_precision_that_no_threshold_reaches_has_none(generator):
+    scores = np.linspace(-1, 1, 40)
+    assert threshold_for(0.5, np.zeros(40), scores) is None
+    assert threshold_for(0.9, np.array([0.0, 1.0] * 20), scores[::-1]) is None, "the first is irrelevant"
+    assert threshold_for(0.5, np.ones(40), scores) == -1, "all are taken"
+    labels = np.array([1.0, 0, 0, 0] * 10)
+    assert threshold_for(0.3, labels, np.zeros(40)) is None and threshold_for(0.25, labels, np.zeros(40)) == 0, "ties"
+
+
+def test_precision_and_recall_of_a_threshold_are_those_on_the_half_that_did_not_choose_it(generator):
+    labels = np.tile([1.0] + [0.0] * 7, 40)
+    scores = labels + generator.normal(0, 1, 320)
+    found = cross_fit_threshold(0.5, labels, scores, lists_of(40), seed=42)
+    hits = taken = 0
+    for chooses, measures in (halves(40, 42), halves(40, 42)[::-1]):
+        rows = np.concatenate([np.arange(8) + 8 * query for query in chooses])
+        others = np.concatenate([np.arange(8) + 8 * query for query in measures])
+        is_taken = scores[others] >= threshold_for(0.5, labels[rows], scores[rows])
+        taken += is_taken.sum()
+        hits += labels[others][is_taken].sum()
+    assert found["precision"] == pytest.approx(hits / taken) and found["recall"] == pytest.approx(hits / 40)
+    assert logit(found["threshold"]) == pytest.approx(threshold_for(0.5, labels, scores))
+
+
+def test_scores_that_know_nothing_are_promised_no_precision_that_chance_gave_them(generator):
+    labels = np.tile([1.0] + [0.0] * 7, 20)
+    in_sample, held = [], []
+    for _ in range(60):
+        scores = generator.normal(0, 1, 160)
+        found = cross_fit_threshold(0.25, labels, scores, lists_of(20), seed=1)
+        if found:
+            in_sample.append(labels[expit(scores) >= found["threshold"]].mean())
+            held.append(found["precision"] or 0)
+    assert len(held) > 20 and min(in_sample) >= 0.25
+    assert np.mean(held) == pytest.approx(1 / 8, abs=0.05), "one row in eight is relevant"
+
+
+def test_of_too_few_queries_there_are_no_thresholds_that_could_be_checked():
+    assert cross_fit_threshold(0.5, np.array([1.0, 0] * 3), np.arange(6.0)[::-1], lists_of(3, 2), seed=0) is None
+
+
+# ---- The report and its words ----------------------------------------------------------------------------------------
+def test_the_report_has_calibration_before_and_after_and_thresholds(generator):
+    dataset = queries_of(40)
+    base, tuned = generator.normal(0, 1, 200), scores_of([1, 2] * 20)
+    report, *_ = judged(dataset, base, tuned)
+    labels, lists = dataset.labels.numpy(), dataset.lists["all"]
+    assert report["calibration"] == {
+        "before": calibration_of(base, labels, lists, ARGS["seed"]),
+        "after": calibration_of(tuned, labels, lists, ARGS["seed"]),
+    }
+    assert set(report["thresholds"]) == {"0.5", "0.8", "0.9"} and report["thresholds"]["0.9"] is None
+    assert set(report["thresholds"]["0.5"]) == {"threshold", "precision", "recall"}
+
+
+def said_of(labels, probabilities, sizes, epochs=3):
+    dataset = dataset_of(labels, sizes)
+    base = candidate_of(dataset, logit(np.array(probabilities)), step=0)
+    report, *_ = judge([base], dataset, dataset.metric, {**ARGS, "epochs": 0})
+    return probability_line(report, {"epochs": epochs})
+
+
+def test_a_run_says_what_a_probability_of_08_was_worth():
+    labels, probabilities = [1.0, 0, 0, 0, 0], [0.9, 0.85, 0.8001, 0.1, 0.2]
+    line = said_of(labels * 40, probabilities * 40, [5] * 40)
+    assert line.startswith("Probabilities of final_model: calibration error 0.")
+    assert line.endswith("Of 120 rows with 0.8 or more 33% are relevant. tools/calibrate.py mends them.")
+    assert re.search(r"error 0\.\d{3}, 95 % interval \[0\.\d{3}, 0\.\d{3}\]; Brier score 0\.\d{3}\.", line)
+    assert said_of(labels * 40, probabilities * 40, [5] * 40, epochs=0).startswith("Probabilities of the model: ")
+
+
+def test_where_no_row_is_so_sure_or_queries_are_few_or_labels_are_grades_it_says_so(generator):
+    assert " No row has 0.8 or more." in said_of([1.0, 0] * 20, [0.6, 0.3] * 20, [2] * 20)
+    few = said_of([1.0, 0] * 10, [0.9, 0.3] * 10, [2] * 10)
+    assert "interval" not in few and "mends" not in few
+    graded = said_of([0.75, 0.5, 0] * 20, [0.9, 0.85, 0.3] * 20, [3] * 20)
+    assert "Of 40 rows with 0.8 or more the mean label is 0.62 on a scale from 0 to 1." in graded
+
+
+def test_probabilities_that_are_right_are_not_sent_to_be_mended(generator):
+    labels, probabilities = drawn(generator, 60)
+    line = said_of(labels.tolist(), probabilities.tolist(), [CANDIDATES] * 60)
+    assert "95 % interval [0.000, " in line and "calibrate.py" not in line
+
+
+def test_the_words_stand_with_the_figures_before_the_verdict(generator):
+    dataset = queries_of(40)
+    report, *_ = judged(dataset, generator.normal(0, 1, 200), scores_of([1, 2] * 20))
+    for epochs in (0, 3):
+        args = {**ARGS, "model_name_or_path": TINY, "epochs": epochs}
+        lines = verdict_text(report, args).splitlines()
+        assert lines[len(METRICS)] == probability_line(report, args)
+
+
+# ---- A run -----------------------------------------------------------------------------------------------------------
+def test_every_evaluation_logs_and_prints_both_and_the_picture_shows_the_report(tmp_path, write_jsonl, capsys):
+    rows = (ROOT / "default_eval_data.jsonl").read_text(encoding="utf-8").splitlines()[: 40 * 8]
+    path = write_jsonl("eval.jsonl", map(json.loads, rows))
+    report = train({"model_name_or_path": TINY, "train_dataset": str(ROOT / "default_train_data.jsonl"), "lr": 3e-4,
+                    "eval_dataset": path, "epochs": 2, "output_dir": str(tmp_path / "out"), "mixed_precision": "no",
+                    "base_interpolation": ()})["report"]  # fmt: skip
+    said = capsys.readouterr().out
+    assert len(re.findall(r", brier 0\.\d{4}, calibration_error 0\.\d{4}\n", said)) == 3
+    logged = scalars_of(tmp_path / "out")
+    for name in ("eval/brier", "eval/calibration_error"):
+        assert [step for step, _ in logged[name]] == [0, 13, 26]
+    assert logged["eval/brier"][0][1] == pytest.approx(report["calibration"]["before"]["brier"], abs=1e-6)
+    assert logged["eval/calibration_error"][0][1] == pytest.approx(report["calibration"]["before"]["error"], abs=1e-6)
+
+    rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text("utf-8").splitlines()]
+    labels = np.array([row["label"] for row in rows])
+    after = np.array([row["score_after"] for row in rows])
+    high = after >= 0.8
+    assert report["calibration"]["after"]["high"] == {
+        "from": 0.8, "rows": int(high.sum()), "label": pytest.approx(labels[high].mean())}
+    assert report["calibration"]["after"]["brier"] == pytest.approx(brier_score_loss(labels, after))
+    assert "calibration error" in Path(tmp_path, "out", "final_model", "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("titles", [["the model as it is"], ["before: base model", "after: final_model"]])
+def test_the_panel_shows_the_bins_of_the_report(generator, titles, tmp_path):
+    labels, probabilities = drawn(generator, 40)
+    calibration = {name: calibration_of(logit(probabilities) + shift, labels, lists_of(40), 0)
+                   for name, shift in (("before", 1.0), ("after", 0.0))}  # fmt: skip
+    axes = Figure().subplots()
+    draw_reliability(axes, titles, calibration)
+    diagonal, *lines = axes.get_lines()
+    assert len(lines) == len(titles) and diagonal.get_xydata().tolist() == [[0, 0], [1, 1]]
+    bins = calibration["after"]["bins"]
+    np.testing.assert_array_equal(lines[-1].get_xydata().T, [bins["probability"], bins["label"]])
+    assert f"error {calibration['after']['error']:.3f}" in lines[-1].get_label()
+    columns = dict.fromkeys(titles, probabilities)
+    draw_score_distribution(columns, labels, calibration, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
