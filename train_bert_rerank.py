@@ -5401,25 +5401,29 @@ print(pipeline("text-classification", folder, truncation="only_second")\
 """
 PASSAGES_IN_CARD = """## Long documents
 
-A document that does not fit in {max_length} tokens beside its query has the score of its best
-passage. `predict` and `rank` of train_bert_rerank see to this; other software cuts the document,
-unless it is given the passages one by one, of which the largest score counts:
+Of a document that does not fit beside its query in {max_length} tokens the best of overlapping
+passages was scored. `predict` and `rank` of train_bert_rerank do so. Other software scores its
+beginning, unless it is given the passages, of which the largest score counts:
 ```python
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(folder)
-def tokens_of(text):
+def places_of_tokens(text):
     return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 def passages(query, document):
-    taken = len(tokens_of({query})) + tokenizer.num_special_tokens_to_add(pair=True)
-    room = {max_length} - taken - len(tokens_of({empty_document}))
-    places = tokens_of(document)
+    places = places_of_tokens(document)
+    room = {max_length} - tokenizer.num_special_tokens_to_add(pair=True)
+    room -= len(places_of_tokens({query})) + len(places_of_tokens({empty_document}))
     if len(places) <= room:
         return [document]
+    overlap = room // 4
     pieces = []
-    for first in range(0, len(places) - room // 4, room - room // 4):
+    for first in range(0, len(places) - overlap, room - overlap):
         piece = places[first : first + room]
         pieces.append(document[piece[0][0] : piece[-1][1]])
     return pieces
+model = CrossEncoder(folder)
+for text in documents:
+    print(model.predict([({query}, {document}) for document in passages(query, text)]).max())
 ```
 
 """

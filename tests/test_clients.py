@@ -164,6 +164,40 @@ def test_the_cards_code_runs_word_for_word_and_four_libraries_give_our_scores(tm
         assert f"`{form}`" in card, "the card says what to prepend"
 
 
+@pytest.mark.parametrize("changes", [{}, FORMATS], ids=["plain", "formats"])
+def test_the_cards_passages_are_ours_and_give_other_libraries_our_score(tmp_path, monkeypatch, capsys, changes):
+    trained(tmp_path, long_documents="best_passage", **changes)
+    monkeypatch.chdir(tmp_path / "my_reranker")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    card = Path("final_model", "README.md").read_text(encoding="utf-8")
+    usage, passages = re.findall(r"^```python\n(.*?)^```", card, re.M | re.S)
+    telling = "R42支持访客网络。" * 20 + "请擦净S35底部的充电触点。"
+    documents = [telling, DOCUMENTS[0], LONG]
+    code = usage.replace('"…", ["…", "…"]', repr((QUERY, documents))[1:-1]) + passages
+    names = {}
+    capsys.readouterr()
+    exec(compile(code, "README.md", "exec"), names)
+    printed = [float(line) for line in capsys.readouterr().out.splitlines()[-3:]]
+    model = BertRerankerModel.from_pretrained("final_model")
+    expected = model.predict([(QUERY, document) for document in documents])
+    assert printed == pytest.approx(expected.tolist(), abs=1e-5)
+
+    for document, score in zip(documents, expected, strict=True):
+        [(places, _)] = model.encode_passages([(QUERY, document)], MAX_LEN)
+        pieces = names["passages"](QUERY, document)
+        assert pieces == [document[start:end] for start, end in places]
+        forms = {"query_format": "{}", "document_format": "{}", **changes}
+        query = forms["query_format"].replace("{}", QUERY)
+        texts = [forms["document_format"].replace("{}", piece) for piece in pieces]
+        flag = FlagReranker("final_model", normalize=True, max_length=MAX_LEN, devices="cpu")
+        assert max(flag.compute_score([(query, text) for text in texts])) == pytest.approx(score, abs=1e-5)
+        classify = pipeline("text-classification", "final_model", device="cpu", truncation="only_second")
+        found = classify([{"text": query, "text_pair": text} for text in texts])
+        assert max(one["score"] for one in found) == pytest.approx(score, abs=1e-5)
+    alone = CrossEncoder("final_model", device="cpu").predict([(QUERY, telling)])
+    assert alone < expected[0] - 0.05, "other software scores the beginning"
+
+
 def test_the_cards_metadata_are_what_the_hub_reads(run):
     folder, result = run
     card = ModelCard.load(Path(folder, "README.md"))
