@@ -1,7 +1,8 @@
 """Let the probabilities of a fine-tuned reranker mean what they say, without changing how it ranks.
 
     python tools/calibrate.py my_reranker/final_model --data eval.jsonl --output calibrated_model
-    python train_bert_rerank.py --epochs 0 --model_name_or_path calibrated_model --eval_dataset unseen.jsonl
+    python train_bert_rerank.py --epochs 0 --model_name_or_path calibrated_model \\
+        --eval_dataset unseen.jsonl
 
 After fine-tuning, of the rows with a probability of 0.8 often far fewer than 80 % are relevant. A
 slope and an offset of the logit mend that (Platt 1999, Probabilistic Outputs for Support Vector
@@ -47,6 +48,7 @@ from train_bert_rerank import (  # noqa: E402
     candidate_lists,
     fingerprints,
     flush_to_disk,
+    has_finite_weights,
     load_file,
     parse_candidates,
     printable,
@@ -127,6 +129,8 @@ def load_reranker(folder):
     if model.new_weights:
         raise UserError(f"{folder} is no reranker: it lacks {', '.join(model.new_weights)}. "
                         "Fine-tune it first, and calibrate its final_model")
+    if not has_finite_weights(model):
+        raise UserError(f"{folder} has weights that are no finite numbers: it is damaged")
     if torch.accelerator.is_available():
         return model.to(torch.accelerator.current_accelerator())
     return model.to("cpu")
@@ -173,7 +177,7 @@ def logits_of(model, rows, batch_size):
     ill = np.flatnonzero(~np.isfinite(logits))
     if len(ill):
         raise UserError(f"{rows.path}: line {rows.lines[ill[0]]} has a logit that is no finite "
-                        f"number, and {len(ill) - 1} other rows have: the weights are damaged")
+                        f"number, and {len(ill) - 1} other rows have: are the weights damaged?")
     return logits
 
 
@@ -261,29 +265,33 @@ def fold(line, head):
         head.bias.copy_(line.of(head.bias.double()))
 
 
-def require_folded(before, after, line, rows):
+def require_folded(before, after, line, head_name):
     """UserError unless the logits [N] `after` folding are those that `line` makes of those
-    `before`, and rank each query's rows alike; but for rounding."""
+    `before`, but for rounding."""
     expected = line.of(before)
     off = np.flatnonzero(np.abs(after - expected) > 1e-5 * (1 + np.abs(expected)))
     if len(off):
-        row = off[0]
         raise UserError(
-            f"slope {line.slope:.6g} and offset {line.offset:.6g} cannot be folded in: line "
-            f"{rows.lines[row]} of {rows.path} has the logit {after[row]:.6f} then instead of "
-            f"{expected[row]:.6f}. The logits are too large, or too small, for fp32")
+            f"slope {line.slope:.6g} and offset {line.offset:.6g} cannot be folded into "
+            f"{head_name}: {after[off[0]]:.6f} is a logit then that should be "
+            f"{expected[off[0]]:.6f}. The logits are too large, or too small, for fp32")
+
+
+def require_same_ranking(before, after, rows):
+    """UserError, by lines, where two rows of a query are in another order by logits [N] `after`
+    than by those `before`."""
     turned = turned_over(before, after, rows.lists)
     if turned is not None:
         first, second = rows.lines[turned]
         raise UserError(
-            f"slope {line.slope:.6g} and offset {line.offset:.6g} would change the ranking: lines "
-            f"{first} and {second} of {rows.path} change places by rounding. The logits hardly "
-            "tell relevant from irrelevant rows: is this the right --data?")
+            f"calibrated, the model would rank lines {first} and {second} of {rows.path} in "
+            "another order, by rounding: its logits hardly tell relevant from irrelevant rows. Is "
+            "this the right --data?")
 
 
 def turned_over(before, after, lists):
-    """The numbers [2] of two rows of a query that differ beyond rounding by logits [N] `before`,
-    and do not by those `after`, or the other way round; None where there are none."""
+    """The numbers [2] of two rows of a query of which one is higher beyond rounding by logits [N]
+    `before`, and not by those `after`; None where there are none."""
     for numbers in lists:
         rising = numbers[np.argsort(before[numbers])]
         is_apart = np.diff(before[rising]) > rounding_of(before)
@@ -326,7 +334,7 @@ def meaning_of(rows):
         what = "the expected label, on a scale from 0 to 1,"
         share = f"a mean label of {rows.labels.mean():.2f}"
     per_query = len(rows.pairs) / len(rows.lists)
-    return (f"A probability is {what} in lists like these ({per_query:.1f} rows of a query on "
+    return (f"The score is {what} in lists like these ({per_query:.1f} rows of a query on "
             f"average, {share}), not in other lists.")
 
 
@@ -335,9 +343,10 @@ CARD = """
 
 ## Calibrated probabilities
 
-The sigmoid of the logit is calibrated with {rows} rows of {queries} queries of {data}: slope
-{slope:.6g} and offset {offset:.6g} (Platt 1999) are folded into the last linear layer, `{head}`.
-The ranking is that of the model before, of which all else in this card speaks. {meaning}
+The sigmoid of the logit is calibrated with {rows} rows of {queries} queries of {data}:
+slope {slope:.6g} and offset {offset:.6g} (Platt 1999) are folded into the last linear layer,
+`{head}`. The ranking is that of the model before, of which all else in this card speaks.
+{meaning}
 
 | | before | after, cross-fitted by query |
 | --- | --- | --- |
@@ -360,7 +369,7 @@ def card_of(line, head_name, figures, rows):
 
 
 def check_output(name, folder):
-    """UserError where no new folder `name` could be made, or it would lie in the model's `folder`."""
+    """UserError where no new folder `name` can be made, or it would lie in the model's `folder`."""
     output = Path(name)
     if os.path.lexists(output):
         raise UserError(f"{output} exists already: remove it, or take another --output")
@@ -377,9 +386,8 @@ def check_output(name, folder):
 
 @contextmanager
 def unfinished_folder(output):
-    """An empty folder beside `output`, on the same disk, that is removed if it is still there at the
-    end."""
-    # Inside one that mkdtemp() made, which is closed to other users.
+    """An empty folder on the disk of `output`, which is removed unless it was moved."""
+    # Inside of a temporary one, since that is closed to other users.
     with tempfile.TemporaryDirectory(prefix=".calibrate-", dir=output.parent) as holder:
         folder = Path(holder, output.name)
         folder.mkdir()
@@ -452,7 +460,9 @@ def calibrate(options):
     calibrated = cross_fitted(before, rows.labels, rows.lists)
     figures = figures_of(before, calibrated, rows)
     fold(line, head)
-    require_folded(before, logits_of(model, rows, options.batch_size), line, rows)
+    after = logits_of(model, rows, options.batch_size)
+    require_folded(before, after, line, head_name)
+    require_same_ranking(before, after, rows)
 
     # Elsewhere the sigmoid is applied where the config says so, as train_bert_rerank.py has it.
     activation = {"activation_fn": "torch.nn.Sigmoid"}
