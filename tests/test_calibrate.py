@@ -195,7 +195,7 @@ def test_the_figures_are_measured_before_and_cross_fitted_after(calibrate, data,
 def test_the_command_that_is_named_next_evaluates_the_calibrated_model(calibrate, data, run_main):
     printed = calibrate(TINY, "--data", data, "--output", "out")
     command = re.search(r"Next, on queries that were not used here: python train_bert_rerank.py (.*)", printed)[1]
-    status, printed = run_main(*command.replace("unseen.jsonl", data).split(), "--output_dir", "evaluation")
+    status, printed = run_main(*command.replace("unseen.jsonl", data).split())
     assert status == 0 and "Probabilities of" in printed
 
 
@@ -415,7 +415,7 @@ def test_what_is_no_model_is_refused(refused, data, tmp_path):
     refused(data, "--data", data, "--output", "out", match="eval.jsonl is no folder")
     refused("run", "--data", data, "--output", "out", match="run has no config.json: name the folder")
     shutil.copy(f"{TINY}/config.json", tmp_path / "run" / "final_model")
-    refused("run", "--data", data, "--output", "out", match="run has no config.json: did you mean run/final_model?")
+    refused("run", "--data", data, "--output", "run/out", match="run has no config.json: did you mean run/final_model?")
     refused("run/final_model", "--data", data, "--output", "out", match="cannot load run/final_model")
 
 
@@ -523,6 +523,11 @@ def test_a_ranking_that_would_change_is_refused_with_the_lines(logits):
     changed[[first, second]] = changed[[second, first]]
     with pytest.raises(UserError, match=f"rank lines {first + 1} and {second + 1} of eval.jsonl in an"):
         tool.require_same_ranking(logits, changed, rows)
+
+
+def test_a_document_of_which_cutting_leaves_blanks_is_named_by_line(refused, write_jsonl):
+    path = write_jsonl("blanks.jsonl", [*ROWS, {**ROWS[0], "content": " " * 5000 + "答"}])
+    refused(TINY, "--data", path, "--output", "out", match="line 241: content begins with so many blanks that 512")
 
 
 def test_a_query_that_leaves_its_passages_no_room_is_named_by_line(refused, write_jsonl, model):

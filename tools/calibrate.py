@@ -112,18 +112,22 @@ def require_enough(rows):
 
 
 # ---- The model -------------------------------------------------------------------------------
-def load_reranker(folder):
-    """The model of a folder, on the accelerator if there is one; UserError where it is none, or no
-    trained reranker."""
+def require_saved_model(folder):
+    """UserError where `folder` is none, or holds no model."""
     if not Path(folder).is_dir():
         raise UserError(f"{folder} is no folder: name that of a saved model, as final_model is")
-    if not Path(folder, "config.json").is_file():
-        inner = Path(folder, "final_model")
-        if (inner / "config.json").is_file():
-            raise UserError(f"{folder} has no config.json: did you mean {inner}?")
-        raise UserError(f"{folder} has no config.json: name the folder of a saved model, as "
-                        "final_model is")
+    if Path(folder, "config.json").is_file():
+        return
+    inner = Path(folder, "final_model")
+    if (inner / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json: did you mean {inner}?")
+    raise UserError(
+        f"{folder} has no config.json: name the folder of a saved model, as final_model is")
 
+
+def load_reranker(folder):
+    """The model of a folder, on the accelerator if there is one; UserError where it is no trained
+    reranker."""
     model = BertRerankerModel.from_pretrained(folder).eval()
     if model.new_weights:
         raise UserError(f"{folder} is no reranker: it lacks {', '.join(model.new_weights)}. "
@@ -165,6 +169,17 @@ def head_of(model):
         f"{architecture} cannot be calibrated here: slope and offset are folded into a linear layer "
         "with a bias whose one output the logit is, and its last linear layer is "
         f"{names[last]}, {last}")
+
+
+def require_text_left(model, rows):
+    """UserError, by line, where cutting leaves nothing but blanks of a document, as a run has it."""
+    if model.long_documents == "best_passage":
+        return
+    encoded = model.encode(rows.pairs, model.max_len)
+    for line, (_, _, cut) in zip(rows.lines, encoded, strict=True):
+        if cut == 3:
+            raise UserError(f"{rows.path}: line {line}: content begins with so many blanks that "
+                            f"{model.max_len} tokens hold nothing else of it: take them out")
 
 
 def logits_of(model, rows, batch_size):
@@ -443,7 +458,8 @@ def say_outcome(line, head_name, figures, rows):
 def say_next(model, options):
     """Say the command that evaluates the new folder."""
     command = ["python", "train_bert_rerank.py", "--epochs", "0", "--model_name_or_path",
-               options.output, "--max_len", str(model.max_len), "--eval_dataset", "unseen.jsonl"]
+               options.output, "--max_len", str(model.max_len), "--eval_dataset", "unseen.jsonl",
+               "--output_dir", "evaluation"]
     if (options.min_label, options.max_label) != (0, 1):
         command += [f"--min_label={options.min_label}", f"--max_label={options.max_label}"]
     say(f"Next, on queries that were not used here: {shlex.join(command)}")
@@ -452,12 +468,14 @@ def say_next(model, options):
 # ---- A run -----------------------------------------------------------------------------------
 def calibrate(options):
     """Write options.output as the command line says."""
+    require_saved_model(options.folder)
     check_output(options.output, options.folder)
     seed_everything(SEED)
     model = load_reranker(options.folder)
     head_name, head = head_of(model)
     rows = read_labelled(options)
     require_enough(rows)
+    require_text_left(model, rows)
 
     before = logits_of(model, rows, options.batch_size)
     line = fit(before, rows.labels)
