@@ -166,13 +166,13 @@ def head_of(model):
             return names[module], module
     last = list(outputs)[-1]
     raise UserError(
-        f"{architecture} cannot be calibrated here: slope and offset are folded into a linear layer "
-        "with a bias whose one output the logit is, and its last linear layer is "
+        f"{architecture} cannot be calibrated here: slope and offset are folded into a linear "
+        "layer with a bias whose one output the logit is, and its last linear layer is "
         f"{names[last]}, {last}")
 
 
 def require_text_left(model, rows):
-    """UserError, by line, where cutting leaves nothing but blanks of a document, as a run has it."""
+    """UserError, by line, where cutting leaves nothing but blanks of a document."""
     if model.long_documents == "best_passage":
         return
     encoded = model.encode(rows.pairs, model.max_len)
