@@ -386,11 +386,19 @@ def test_an_architecture_without_a_bias_is_refused_by_name(calibrate, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_layer_after_the_last_linear_one_is_refused_by_name():
+HEADS_REFUSED = {
+    "a layer after the linear one": (lambda layer: torch.nn.Sequential(layer, torch.nn.Tanh()), "out_proj.0, Linear"),
+    "no bias": (lambda layer: torch.nn.Linear(layer.in_features, 1, bias=False), "out_proj, Linear.*bias=False"),
+}
+
+
+@pytest.mark.parametrize("name", HEADS_REFUSED)
+def test_a_head_that_slope_and_offset_do_not_go_into_is_refused_by_name(name):
+    change, message = HEADS_REFUSED[name]
     reranker = BertRerankerModel.from_pretrained(TINY)
     head = reranker.model.classifier
-    head.out_proj = torch.nn.Sequential(head.out_proj, torch.nn.Tanh())
-    with pytest.raises(UserError, match="XLMRobertaForSequenceClassification .* linear layer is classifier.out_proj.0"):
+    head.out_proj = change(head.out_proj)
+    with pytest.raises(UserError, match=f"XLMRobertaForSequenceClassification .* linear layer is classifier.{message}"):
         tool.head_of(reranker)
 
 
