@@ -2911,6 +2911,7 @@ LEVEL_DRAWS = 200
 INTERVAL_DRAWS = 1000
 PRECISIONS = (0.5, 0.8, 0.9)  # for which the report has thresholds
 HIGH = 0.8  # a run says what a probability from here on was worth
+WORTH_MENDING = 0.05  # a calibration error that surely lies above it is told of
 
 
 def brier_score(probabilities, labels):
@@ -5072,7 +5073,7 @@ def probability_line(report, args):
     if calibration["ci95"]:
         low, high = calibration["ci95"]
         line += f", 95 % interval [{low:.3f}, {high:.3f}]"
-        if low > 0:
+        if low > WORTH_MENDING:
             advice = " tools/calibrate.py mends them."
     line += f"; Brier score {calibration['brier']:.3f}."
     of_high = calibration["high"]

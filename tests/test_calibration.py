@@ -229,6 +229,9 @@ def test_probabilities_that_are_right_are_not_sent_to_be_mended(generator):
     labels, probabilities = drawn(generator, 60)
     line = said_of(labels.tolist(), probabilities.tolist(), [CANDIDATES] * 60)
     assert "95 % interval [0.000, " in line and "calibrate.py" not in line
+    labels, probabilities = drawn(generator, 600, offset=0.25)
+    line = said_of(labels.tolist(), probabilities.tolist(), [CANDIDATES] * 600)
+    assert "95 % interval [0.000, " not in line and "calibrate.py" not in line, "surely off, but by little"
 
 
 def test_the_words_stand_with_the_figures_before_the_verdict(generator):
