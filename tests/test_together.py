@@ -104,7 +104,8 @@ def test_where_the_base_is_chosen_final_model_is_the_calibrated_one_with_its_way
     turned = [{**row, "label": 1 - row["label"]} for row in rows_of_lists(30)]
     for row in turned:
         del row["score"]  # which counts where rows are evaluated on
-    settings = {**settings, "train_dataset": write_jsonl("turned.jsonl", turned), "lr": 3e-3, "epochs": 3}
+    settings = {**settings, "train_dataset": write_jsonl("turned.jsonl", turned), "lr": 3e-3, "epochs": 3,
+                "base_interpolation": ()}  # fmt: skip
     report = train(settings)["report"]
     assert report["chosen"] == "base" and report["calibration"]["after"] == report["calibration"]["before"]
     folder, base = tmp_path / "out" / "final_model", Path(settings["model_name_or_path"])
