@@ -2911,7 +2911,7 @@ LEVEL_DRAWS = 200
 INTERVAL_DRAWS = 1000
 PRECISIONS = (0.5, 0.8, 0.9)  # for which the report has thresholds
 HIGH = 0.8  # a run says what a probability from here on was worth
-WORTH_MENDING = 0.05  # a calibration error that surely lies above it is told of
+WORTH_MENDING = 0.05  # the calibration error from which on, beyond doubt, a run names the tool
 
 
 def brier_score(probabilities, labels):

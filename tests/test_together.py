@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_long_documents
 from conftest import ROOT, TINY, command_line
 from test_long_documents import SENTENCES, long_text
 from test_recovery import train_until
@@ -27,7 +28,7 @@ def rows_of_lists(queries):
     for number in range(queries):
         query = f"S{number + 10}充不进电"
         for place in range(5):
-            ends = f"请擦净S{number + 10}的触点。" if place == 0 else f"S{number + 10 + place % 3}要充电。"
+            ends = f"请擦净S{number + 10}的触点。" if place == 0 else f"S{number + 10 + place % 3}充电灯。"
             text = long_text(4 + int(generator.integers(8)), seed=5 * number + place) + ends
             if place == 4:
                 text = SENTENCES[number % 5]
@@ -101,10 +102,10 @@ def test_average_precision_as_the_metric_changes_nothing_of_calibration_and_thre
 
 
 def test_where_the_base_is_chosen_final_model_is_the_calibrated_one_with_its_way(settings, write_jsonl, tmp_path):
-    turned = [{**row, "label": 1 - row["label"]} for row in rows_of_lists(30)]
-    for row in turned:
-        del row["score"]  # which counts where rows are evaluated on
-    settings = {**settings, "train_dataset": write_jsonl("turned.jsonl", turned), "lr": 3e-3, "epochs": 3,
+    rows = [json.loads(line) for line in (ROOT / "default_train_data.jsonl").read_text("utf-8").splitlines()]
+    turned = write_jsonl("turned.jsonl", [{**row, "label": 1 - row["label"]} for row in rows])
+    data = write_jsonl("eval.jsonl", test_long_documents.rows_of_lists())  # which the base ranks well
+    settings = {**settings, "train_dataset": turned, "eval_dataset": data, "lr": 1e-3, "epochs": 2,
                 "base_interpolation": ()}  # fmt: skip
     report = train(settings)["report"]
     assert report["chosen"] == "base" and report["calibration"]["after"] == report["calibration"]["before"]
