@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
+from FlagEmbedding import FlagReranker
 from scipy.optimize import minimize
 from sentence_transformers import CrossEncoder
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -153,7 +154,7 @@ def test_there_are_five_folds_of_as_many_queries(logits):
 
 
 # ---- The folder that is written --------------------------------------------------------------------------------------
-def test_by_command_transformers_and_cross_encoder_give_the_calibrated_scores(tmp_path, data, logits):
+def test_by_command_transformers_cross_encoder_and_flag_reranker_give_the_calibrated_scores(tmp_path, data, logits):
     command = [sys.executable, str(ROOT / "tools" / "calibrate.py"), TINY, "--data", data, "--output", "calibrated"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8",
                             env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
@@ -168,8 +169,11 @@ def test_by_command_transformers_and_cross_encoder_give_the_calibrated_scores(tm
     folded = transformers_logits(tmp_path / "calibrated", PAIRS[:60])
     assert folded == pytest.approx(expected[:60], abs=1e-4)  # slope and offset are printed with six digits
     assert (np.argsort(folded) == np.argsort(logits[:60])).all()
+    probabilities = 1 / (1 + np.exp(-expected))
     scores = CrossEncoder(str(tmp_path / "calibrated"), device="cpu").predict(PAIRS, show_progress_bar=False)
-    assert scores == pytest.approx(1 / (1 + np.exp(-expected)), abs=1e-5)
+    assert scores == pytest.approx(probabilities, abs=1e-5)
+    flag = FlagReranker(str(tmp_path / "calibrated"), normalize=True, max_length=512, devices="cpu")
+    assert flag.compute_score(PAIRS[:60]) == pytest.approx(probabilities[:60], abs=1e-5)
 
 
 def test_the_figures_are_measured_before_and_cross_fitted_after(calibrate, data, logits, model, monkeypatch):
