@@ -1824,8 +1824,7 @@ class BertRerankerModel(torch.nn.Module):
     `new_weights` names what the checkpoint lacked (a plain encoder's head) and torch's random
     generator filled in; `has_other_head` tells of one of another size there. An encoded pair is
     (ids, boundary, cut): int32 token ids with special tokens, how many lie in the first segment,
-    and whether nothing (0), the document (1) or the query as well (2) was cut, or the document so
-    that nothing but blanks is left (3)."""
+    and whether nothing (0), the document (1) or the query as well (2) was cut."""
 
     def __init__(self, model, tokenizer, new_weights=()):
         super().__init__()
@@ -1955,20 +1954,29 @@ class BertRerankerModel(torch.nn.Module):
         query_format, document_format = self.formats
 
         for chunk in in_chunks(pairs):
-            texts_of_queries, texts = zip(*chunk, strict=True)
-            queries = tokens_of([query_format.replace("{}", text) for text in texts_of_queries])
-            documents = tokens_of([document_format.replace("{}", text) for text in texts])
-            for text, query, document in zip(texts, queries, documents, strict=True):
+            queries, documents = zip(*chunk, strict=True)
+            queries = tokens_of([query_format.replace("{}", text) for text in queries])
+            documents = tokens_of([document_format.replace("{}", text) for text in documents])
+            for query, document in zip(queries, documents, strict=True):
                 cut = cut_to(room, query, document)
-                if cut and is_blank(text[:1]) and self.are_blanks(document.ids):
-                    cut = 3
                 pair = tokenizer.post_process(query, document)  # adds the special tokens
                 yield np.array(pair.ids, dtype=np.int32), pair.type_ids.count(0), cut
 
-    def are_blanks(self, ids):
-        """Whether token ids stand for nothing that shows. Most tokenizers have none for blanks."""
-        text = self.tokenizer.decode(ids)
-        return is_blank(text.strip("\ufffd"))  # a cut may go through a character
+    def is_cut_to_blanks(self, query, document, encoded):
+        """Whether nothing but blanks, for which most tokenizers have no tokens, is left of a
+        document: it begins with more of them than an encoded pair has room for."""
+        ids, _, cut = encoded
+        if cut != 1 or not is_blank(document[:1]):
+            return False
+        tokens_of = partial(self.plain_tokenizer.encode, add_special_tokens=False)
+        query_format, document_format = self.formats
+        left = len(ids) - self.plain_tokenizer.num_special_tokens_to_add(is_pair=True)
+        left -= len(tokens_of(query_format.replace("{}", query)))
+        if left < FEWEST_TOKENS:  # the query is the cause
+            return False
+        places = tokens_of(document_format.replace("{}", document)).offsets
+        end = places[left - 1][1] - document_format.index("{}")
+        return is_blank(document[: max(end, 0)])
 
     def encode_passages(self, pairs, max_len):
         """Yield, for each (query, document) pair, (places, encoded pairs) of its passages: places
@@ -1988,7 +1996,8 @@ class BertRerankerModel(torch.nn.Module):
         where the query leaves fewer than 16 tokens to each.
 
         They are pieces of its text, so that any software that is given one gives it the same score.
-        A piece has as many tokens as fit; a quarter of them stand in the next one too."""
+        A piece has as many tokens as fit; a quarter of them stand in the next one too. Blank ones
+        are left out."""
         tokens_of = partial(self.plain_tokenizer.encode, add_special_tokens=False)
         query_format, document_format = self.formats
         special_tokens = self.plain_tokenizer.num_special_tokens_to_add(is_pair=True)
@@ -1996,8 +2005,9 @@ class BertRerankerModel(torch.nn.Module):
         room = whole_room - len(tokens_of(document_format.replace("{}", "")))
         if room < FEWEST_TOKENS:
             raise ValueError(
-                f"max_len {max_len} leaves {max(room, 0)} tokens to a passage beside this query: "
-                f"best_passage takes {FEWEST_TOKENS} or more"
+                f"max_len {max_len} leaves {max(room, 0)} tokens to a passage beside the query "
+                f"{query[:40]!r}: best_passage takes {FEWEST_TOKENS} or more, so a shorter query or a "
+                "larger max_len"
             )
 
         tokens = tokens_of(document).offsets  # (start, end) of each in the text
@@ -2016,7 +2026,11 @@ class BertRerankerModel(torch.nn.Module):
                 end -= 1
             places.append((tokens[first][0], tokens[end - 1][1]))
             first = end - overlap
-        return places
+            # The next one begins at a later character: one may be many tokens.
+            while first < end and tokens[first][0] <= places[-1][0]:
+                first += 1
+        telling = [place for place in places if document[slice(*place)].strip()]
+        return telling or places[:1]
 
     def collate(self, encoded):
         """Pad B encoded pairs to the longest of them: a dict of tensors [B, T]."""
@@ -2393,9 +2407,9 @@ class RerankDataset:
     of each row. Of eval rows scored by their best passage it is as many as passages [P], `counts`
     [N] of each row.
 
-    The token ids of all pairs stand one after the other in an int32 file, `cache`, then their
-    lengths, boundaries, cuts, then the counts. It is mapped into memory, so that the processes of a
-    machine share it, and named by all that it depends on."""
+    The token ids of all pairs stand one after the other in an int32 file, `cache`; then their
+    lengths, boundaries and cuts, [3, P + 1]; then the counts, [N + 1]. It is mapped into memory, so
+    that the processes of a machine share it, and named by all that it depends on."""
 
     def __init__(self, rows, paths, name, model, args):
         self.rows = rows
@@ -2419,8 +2433,7 @@ class RerankDataset:
         self.mention_long_documents(name, cuts)
 
     def mention_long_documents(self, name, cuts):
-        """Say how many pairs do not fit, and what becomes of them; UserError where nothing is left
-        of one."""
+        """Say how many pairs do not fit, and what becomes of them."""
         if self.by_passages:
             long = self.counts > 1
             if long.any():
@@ -2429,21 +2442,14 @@ class RerankDataset:
                     f"their passages counts, of {self.counts[long].mean():.1f} on average."
                 )
             return
-        if (cuts == 3).any():
-            row, *others = self.rows[cuts == 3]
-            raise UserError(
-                f"{self.paths[row['file']]}: line {row['line']}: content begins with so many blanks "
-                f"that max_len leaves nothing else of it ({len(others)} other rows are so): take "
-                "them out"
-            )
         if cuts.any():
             truncated = cuts > 0
-            advice = "training sees the beginning of the document"
+            advice = "training sees the beginning of a document, whatever long_documents is"
             if name == "eval":
-                advice = "--long_documents best_passage scores all of the document"
+                advice = "--long_documents best_passage scores all of a document"
             say(
                 f"Warning: max_len truncates {truncated.sum()} {name} pairs "
-                f"({truncated.mean():.2%}), in {(cuts == 2).sum()} the query too; {advice}."
+                f"({truncated.mean():.2%}), in {(cuts > 1).sum()} the query too; {advice}."
             )
 
     def cache_file(self, model):
@@ -2482,21 +2488,31 @@ class RerankDataset:
             file.write(counts)
 
     def encoded(self, model):
-        """Yield the encoded pairs of each row: one, or its passages. UserError where a query leaves
-        these no room."""
+        """Yield the encoded pairs of each row: one, or its passages. UserError, by line, where a
+        query leaves these no room, or max_len nothing but blanks of a document."""
         max_len = self.args["max_len"]
-        if not self.by_passages:
-            for pair in model.encode(self.pairs(), max_len):
-                yield [pair]
-            return
-        number = 0
-        try:
-            for _, passages in model.encode_passages(self.pairs(), max_len):
+        if self.by_passages:
+            all_passages = model.encode_passages(self.pairs(), max_len)
+            for row in self.rows:
+                try:
+                    _, passages = next(all_passages)
+                except ValueError as error:
+                    raise UserError(f"{self.place_of(row)}: {error}") from error
                 yield passages
-                number += 1
-        except ValueError as error:
-            row = self.rows[number]
-            raise UserError(f"{self.paths[row['file']]}: line {row['line']}: {error}") from error
+            return
+
+        pairs, again = tee(self.pairs())
+        for row, pair, encoded in zip(self.rows, pairs, model.encode(again, max_len), strict=True):
+            if model.is_cut_to_blanks(*pair, encoded):
+                raise UserError(
+                    f"{self.place_of(row)}: content begins with so many blanks that max_len leaves "
+                    "nothing else of it: take them out"
+                )
+            yield [encoded]
+
+    def place_of(self, row):
+        """File and line of one of the rows, for messages."""
+        return f"{self.paths[row['file']]}: line {row['line']}"
 
     def pairs(self, chosen=slice(None)):
         """Yield the texts (query, content) of the rows `chosen` (ascending), read anew; UserError
@@ -2541,8 +2557,8 @@ class RerankDataset:
             weight=self.retriever_weight,
         )
 
-    def of_rows(self, logits):
-        """The logits [N] of the rows, of those of all encoded pairs."""
+    def logits_of_rows(self, logits):
+        """The logits [N] of the rows, of those [P] of all encoded pairs."""
         return logits[best_passages(logits.numpy(), self.counts)] if self.by_passages else logits
 
     def __len__(self):
@@ -2967,18 +2983,23 @@ class Reliability:
     def error(self):
         """The expected calibration error, mean |probability − label| of the bins, without what
         chance puts into it. Squares are subtracted, as of variances: the level itself would take a
-        true 0.12 of 20 queries down to 0.06 (benchmarks/calibration.py)."""
+        true 0.12 of 20 queries down to 0.06 (benchmarks/calibration.py). None of fewer queries, of
+        which chance cannot be told."""
+        if self.query.max() + 1 < ENOUGH["queries"]:
+            return None
         return without_level(self.raw_error, self.level)
 
     def ci95(self, seed):
         """95 % interval [low, high] of the error: its quantiles where queries are drawn anew, by
-        which chance comes into the error a second time."""
+        which chance comes into the error a second time. None where the error is."""
+        if self.error is None:
+            return None
         differences, rows = self.table(self.differences)
         generator = np.random.default_rng(seed)
         shares = np.full(len(rows), 1 / len(rows))
         errors = []
         for _ in range(INTERVAL_DRAWS):
-            times_drawn = generator.multinomial(len(rows), shares)
+            times_drawn = generator.multinomial(len(rows), shares).astype(float)
             error = np.abs(times_drawn @ differences).sum() / (times_drawn @ rows)
             errors.append(without_level(error, math.sqrt(2) * self.level))
         low, high = np.quantile(errors, [0.025, 0.975]).tolist()
@@ -2993,14 +3014,14 @@ def without_level(error, level):
 
 def calibration_of(scores, labels, lists, seed):
     """What the report says of the probabilities of logits [N]: Brier score, calibration error with
-    its interval (None of fewer than 20 queries), the bins, and what rows from 0.8 on are worth."""
+    its interval, the bins, and what rows from 0.8 on are worth."""
     probabilities = probabilities_of(scores)
     reliability = Reliability(probabilities, labels, lists)
     high = labels[probabilities >= HIGH]
     return {
         "brier": brier_score(probabilities, labels),
         "error": reliability.error,
-        "ci95": reliability.ci95(seed) if len(lists) >= ENOUGH["queries"] else None,
+        "ci95": reliability.ci95(seed),
         "raw_error": float(reliability.raw_error),
         "level": reliability.level,
         "bins": {
@@ -3014,8 +3035,8 @@ def calibration_of(scores, labels, lists, seed):
 
 
 def threshold_for(precision, labels, scores):
-    """The lowest score from which on so large a share of the rows is relevant; None where there is
-    none."""
+    """The lowest score from which on so large a share of the rows is relevant, half-way to the next
+    lower one; None where there is none."""
     group, sizes = tie_groups(scores)
     hits = np.cumsum(np.bincount(group, labels >= 0.5))  # among the rows down to each group
     reached = np.flatnonzero(hits >= precision * np.cumsum(sizes) - 1e-9)
@@ -3027,29 +3048,36 @@ def threshold_for(precision, labels, scores):
     return (lowest + below.max()) / 2 if len(below) else lowest
 
 
-def cross_fit_threshold(precision, labels, scores, lists, seed):
+def cross_fit_threshold(precision, labels, probabilities, lists, seed):
     """What the report says of a threshold for `precision`: the probability to take rows from, and
-    precision and recall of such thresholds on the half of the queries that did not choose them.
-    None where all rows, or a half, do not reach it."""
+    of such thresholds, on the half of the queries that did not choose them, how many rows they
+    take, precision and recall. None where it is not reached: by all rows, by a half, or, beyond
+    chance, by what is taken."""
     if len(lists) < FEWEST_TO_HALVE:
         return None
     first_half, second_half = halves(len(lists), seed)
     first = np.concatenate([lists[query] for query in first_half])
     second = np.concatenate([lists[query] for query in second_half])
-    threshold = threshold_for(precision, labels, scores)
-    chosen_on_first = threshold_for(precision, labels[first], scores[first])
-    chosen_on_second = threshold_for(precision, labels[second], scores[second])
+    threshold = threshold_for(precision, labels, probabilities)
+    chosen_on_first = threshold_for(precision, labels[first], probabilities[first])
+    chosen_on_second = threshold_for(precision, labels[second], probabilities[second])
     if None in (threshold, chosen_on_first, chosen_on_second):
         return None
 
-    is_taken = np.empty(len(scores), dtype=bool)
-    is_taken[first] = scores[first] >= chosen_on_second
-    is_taken[second] = scores[second] >= chosen_on_first
+    is_taken = np.empty(len(labels), dtype=bool)
+    is_taken[first] = probabilities[first] >= chosen_on_second
+    is_taken[second] = probabilities[second] >= chosen_on_first
     is_relevant = labels >= 0.5
+    taken, hits = is_taken.sum(), is_relevant[is_taken].sum()
+    # Of 95 % of the samples of rows of that precision as many are relevant.
+    fewest = taken * precision - 1.645 * math.sqrt(taken * precision * (1 - precision))
+    if not taken or hits < fewest:
+        return None
     return {
-        "threshold": float(probabilities_of(threshold)),
-        "precision": mean_or_none(is_relevant[is_taken]),
-        "recall": mean_or_none(is_taken[is_relevant]),
+        "threshold": float(threshold),
+        "rows": int(taken),
+        "precision": float(hits / taken),
+        "recall": float(hits / is_relevant.sum()),
     }
 
 
@@ -3949,7 +3977,7 @@ def evaluate(run, step=0, base_interpolation=0.0):
     logits = score_together(run, dataset, run.progress.max_tokens, is_main_process())
     if logits is None:
         return None
-    scores = dataset.of_rows(logits.cpu().double())
+    scores = dataset.logits_of_rows(logits.cpu().double())
     metrics = dict.fromkeys(metrics_in(dataset.lists))
     candidate = Candidate(step, run.epoch_of(step), base_interpolation, scores, metrics)
     if step == 0:
@@ -4902,12 +4930,13 @@ def threshold_of(candidate, labels):
 
 def thresholds_of(candidate, dataset, seed):
     """{precision: what cross_fit_threshold() says of it}, as JSON has it."""
-    labels, scores = dataset.labels.numpy(), np.asarray(candidate.scores)
+    labels, lists = dataset.labels.numpy(), dataset.lists["all"]
+    # In fp32, as predict() gives them: high ones may be equal then.
+    probabilities = torch.as_tensor(candidate.scores).float().sigmoid().double().numpy()
     thresholds = {}
     for precision in PRECISIONS:
-        thresholds[str(precision)] = cross_fit_threshold(
-            precision, labels, scores, dataset.lists["all"], seed
-        )
+        found = cross_fit_threshold(precision, labels, probabilities, lists, seed)
+        thresholds[str(precision)] = found
     return thresholds
 
 
@@ -5068,21 +5097,24 @@ def probability_line(report, args):
     """What the probabilities are worth: how far they are from what was relevant, and how much was
     where they are high."""
     calibration = report["calibration"]["after"]
-    line = f"Probabilities of {name_of_model(args)}: calibration error {calibration['error']:.3f}"
+    parts = [f"Probabilities of {name_of_model(args)}: Brier score {calibration['brier']:.3f}, "]
     advice = ""
     if calibration["ci95"]:
         low, high = calibration["ci95"]
-        line += f", 95 % interval [{low:.3f}, {high:.3f}]"
+        interval = f"95 % interval [{low:.3f}, {high:.3f}]"
+        parts.append(f"calibration error {calibration['error']:.3f}, {interval}.")
         if low > WORTH_MENDING:
-            advice = " tools/calibrate.py mends them."
-    line += f"; Brier score {calibration['brier']:.3f}."
+            advice = " tools/calibrate.py may mend them."
+    else:
+        parts.append("too few queries for a calibration error.")
     of_high = calibration["high"]
-    if not of_high["rows"]:
-        return f"{line} No row has {of_high['from']} or more.{advice}"
-    share = f"{of_high['label']:.0%} are relevant"
-    if calibration["graded"]:
-        share = f"the mean label is {of_high['label']:.2f} on a scale from 0 to 1"
-    return f"{line} Of {of_high['rows']} rows with {of_high['from']} or more {share}.{advice}"
+    parts.append(f" Rows with {of_high['from']} or more: {of_high['rows']}")
+    if of_high["rows"] and calibration["graded"]:
+        parts.append(f", mean label {of_high['label']:.2f} on a scale from 0 to 1")
+    elif of_high["rows"]:
+        relevant = round(of_high["label"] * of_high["rows"])
+        parts.append(f", {relevant} of them relevant ({of_high['label']:.0%})")
+    return "".join(parts) + "." + advice
 
 
 def base_name(args):
@@ -5346,10 +5378,12 @@ def draw_reliability(axes, titles, calibration):
     colors = ("0.4", "tab:green")[-len(titles) :]
     for title, values, color in zip(titles, columns, colors, strict=True):
         bins = values["bins"]
-        label = f"{title}: error {values['error']:.3f}"
+        label = title
+        if values["error"] is not None:
+            label += f": error {values['error']:.3f}"
         axes.plot(bins["probability"], bins["label"], "o-", color=color, label=label)
     axes.set(
-        title="of rows so probable, so many are relevant",
+        title="are the probabilities right?",
         xlabel="probability of being relevant, by the model",
         ylabel="share that is relevant (mean label)",
     )
@@ -5386,7 +5420,7 @@ A cross-encoder for reranking.
 
 It scores queries as `{query_format}` and documents as `{document_format}`, \
 with the text for `{{}}`. train_bert_rerank sees to
-this by itself, and cuts documents to fit, not the query; \
+this by itself, and {to_fit}, not the query; \
 for other libraries make the texts so, as below.
 ```python
 from train_bert_rerank import BertRerankerModel
@@ -5411,19 +5445,22 @@ PASSAGES_IN_CARD = """## Long documents
 
 Of a document that does not fit beside its query in {max_length} tokens the best of overlapping
 passages was scored. `predict` and `rank` of train_bert_rerank do so. Other software scores its
-beginning, unless it is given the passages, of which the largest score counts:
+beginning, unless it is given the passages, of which the largest score counts (after the lines above):
 ```python
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(folder)
 def tokens_of(text):
     return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 def passages(query, document):
-    whole_room = {max_length} - tokenizer.num_special_tokens_to_add(pair=True) - len(tokens_of({query}))
+    text, special = document, tokenizer.num_special_tokens_to_add(pair=True)
+    whole_room = {max_length} - special - len(tokens_of({query}))
     if len(tokens_of({document})) <= whole_room:
-        return [document]
-    tokens, text = tokens_of(document), document
+        return [text]
     room = whole_room - len(tokens_of({empty_document}))
-    overlap, pieces, first, end = room // 4, [], 0, 0
+    if room < 16:
+        raise ValueError("the query leaves a passage fewer than 16 tokens")
+    tokens, overlap = tokens_of(text), room // 4
+    pieces, begun, first, end = [], -1, 0, 0
     while end < len(tokens):
         end = min(first + room, len(tokens))
         document = text[tokens[first][0] : tokens[end - 1][1]]
@@ -5431,8 +5468,10 @@ def passages(query, document):
             end -= 1
             document = text[tokens[first][0] : tokens[end - 1][1]]
         pieces.append(document)
-        first = end - overlap
-    return pieces
+        begun, first = tokens[first][0], end - overlap
+        while first < end and tokens[first][0] <= begun:
+            first += 1
+    return [piece for piece in pieces if piece.strip()] or pieces[:1]
 model = CrossEncoder(folder)
 for text in documents:
     print(model.predict([({query}, {document}) for document in passages(query, text)]).max())
@@ -5491,14 +5530,17 @@ def write_model_card(run, outcome):
         "empty_document": repr(document_format.replace("{}", "")),
         "max_length": run.model.tokenizer.model_max_length,
     }
+    to_fit = "cuts documents to fit"
     long_documents = ""
     if run.model.long_documents == "best_passage":
+        to_fit = "splits documents to fit"
         long_documents = PASSAGES_IN_CARD.format(**formats)
     mixture = ""
     if weight_to_save(report):
         mixed = report["mixed"]
         mixture = MIXTURE_IN_CARD.format(**mixed, model_share=round(1 - mixed["weight"], 9))
     text = CARD.format(
+        to_fit=to_fit,
         long_documents=long_documents,
         mixture=mixture,
         metadata=metadata.to_yaml(),

@@ -194,6 +194,11 @@ def test_the_cards_passages_are_ours_and_give_other_libraries_our_score(tmp_path
         classify = pipeline("text-classification", "final_model", device="cpu", truncation="only_second")
         found = classify([{"text": query, "text_pair": text} for text in texts])
         assert max(one["score"] for one in found) == pytest.approx(score, abs=1e-5)
+    with pytest.raises(ValueError, match="fewer than 16 tokens"):
+        names["passages"]("充" * 45, telling)
+    many = "﷽" * 20 + telling
+    [(places, _)] = model.encode_passages([(QUERY, many)], MAX_LEN)
+    assert names["passages"](QUERY, many) == [many[start:end] for start, end in places]
     alone = CrossEncoder("final_model", device="cpu").predict([(QUERY, telling)])
     assert alone < expected[0] - 0.05, "other software scores the beginning"
 

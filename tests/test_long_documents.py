@@ -153,10 +153,12 @@ def test_each_passage_is_scored_whole_and_nothing_is_between_two_of_them(request
     assert [cut for _, _, cut in encoded] == [0] * len(encoded)
     assert all(start < end for start, end in places)
     for (start, end), (next_start, next_end) in zip(places, places[1:], strict=False):
-        assert start < next_start < end < next_end
+        assert start < next_start and end < next_end
+        assert next_start < end or not text[end:next_start].strip(), "blanks alone are left out"
     tokens = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False, return_offsets_mapping=True)
-    seen = [any(start <= a and b <= end for start, end in places) for a, b in tokens["offset_mapping"]]
-    assert all(seen)
+    for begins, ends in tokens["offset_mapping"]:
+        is_seen = any(start <= begins and ends <= end for start, end in places)
+        assert is_seen or not text[begins:ends].strip()
 
 
 def test_a_character_of_more_tokens_than_there_is_room_for_ends_too():
@@ -204,7 +206,7 @@ def test_what_is_no_way_to_score_long_documents_is_named(way):
 def test_a_query_that_leaves_a_passage_fewer_than_16_tokens_is_an_error_where_the_document_does_not_fit():
     model = model_of(max_len=32)
     query = "充电" * 7  # 14 tokens or so of 28
-    with pytest.raises(ValueError, match=r"max_len 32 leaves 1\d tokens to a passage beside this query: best_passage"):
+    with pytest.raises(ValueError, match=r"max_len 32 leaves 1\d tokens to a passage beside the query '充电.*': best_pa"):
         model.predict([(QUERY, SHORT), (query, long_text(20))])
     assert model.predict([(query, SHORT)]).shape == (1,), "what fits needs no passage"
     with pytest.raises(ValueError, match="leaves 0 tokens"):
@@ -275,7 +277,7 @@ def test_an_evaluation_measures_what_rank_and_predict_give_and_the_folder_keeps_
     report = train(settings)["report"]
     said = capsys.readouterr().out
     assert re.search(r"\d\d eval pairs \(\d\d\.\d\d%\) do not fit max_len: the best of their passages counts", said)
-    assert "Warning: max_len truncates" in said and "training sees the beginning of the document." in said
+    assert "Warning: max_len truncates" in said and "training sees the beginning of a document, whatever long_documents is." in said
     out = Path(settings["output_dir"])
     model = BertRerankerModel.from_pretrained(out / "final_model")
     assert model.long_documents == "best_passage" and model.max_len == 48
@@ -385,13 +387,55 @@ def test_a_text_of_which_the_cut_leaves_blanks_alone_is_named_and_best_passage_f
     path = write_jsonl("blank.jsonl", rows)
     with pytest.raises(UserError) as error:
         train({**settings, "model_name_or_path": keeps_blanks, "train_dataset": path, "long_documents": None})
-    assert re.search(r"blank\.jsonl: line 1: content begins with so many blanks that max_len leaves nothing else of it "
-                     r"\(1 other rows are so\): take them out", str(error.value))  # fmt: skip
+    assert re.search(r"blank\.jsonl: line 1: content begins with so many blanks that max_len leaves nothing else of it:"
+                     r" take them out", str(error.value))  # fmt: skip
     capsys.readouterr()
     model = model_of(keeps_blanks, 48)
     [hit] = model.rank("lamp", [rows[0]["content"]], return_passages=True)
+    assert "lamp" in rows[0]["content"][slice(*hit["passage"])] and not rows[0]["content"][: hit["passage"][0]].strip()
     assert 0 < model.predict([("lamp", blanks * 100)])[0] < 1, "an empty text can be scored"
-    assert len(hit["passage"]) == 2
+
+
+def test_passages_of_blanks_are_none(keeps_blanks):
+    model = model_of(keeps_blanks, 48)
+    text = "The lamp is new." + " " * 400 + "ok"
+    [(places, _)] = model.encode_passages([("lamp", text)], 48)
+    assert len(places) == 2 and [bool(text[start:end].strip()) for start, end in places] == [True, True]
+    [(places, encoded)] = model.encode_passages([("lamp", " " * 400)], 48)
+    assert len(places) == len(encoded) == 1
+
+
+@pytest.mark.parametrize("query, content", [
+    ("充电" * 60, " 充电灯不亮"),  # the query leaves one token, of which a blank takes a part
+    ("充电" * 60, "  \n 充电灯不亮" * 20),
+    ("充电", " " + "😀" * 300), ("充电", "\u3000" + "𠀀" * 300),
+    ("充电", " \ufffd\ufffd" * 200), ("充电", "\n" + "电" * 300),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["xlm-roberta", "bytes"])
+def test_what_is_cut_and_begins_with_a_blank_is_no_error(request, kind, settings, write_jsonl, query, content):
+    folder = TINY if kind == "xlm-roberta" else request.getfixturevalue("keeps_blanks")
+    path = write_jsonl("blank.jsonl", [{"query": query, "content": content, "label": 1},
+                                       {"query": query, "content": "不亮", "label": 0}])  # fmt: skip
+    args = check_settings({**settings, "train_dataset": path, "eval_dataset": path, "long_documents": None})
+    train_rows, _, paths, _ = load_data(args)
+    model = model_of(folder, 48, "cut")
+    assert len(RerankDataset(train_rows, paths, "train", model, args)) == 2
+
+
+def test_blanks_that_a_format_stands_before_are_told_too(keeps_blanks, settings, write_jsonl):
+    path = write_jsonl("blank.jsonl", [{"query": "lamp", "content": " " * 500 + "new", "label": 1}])
+    args = check_settings({**settings, "train_dataset": path, "long_documents": None})
+    train_rows, _, paths, _ = load_data(args)
+    with pytest.raises(UserError, match="line 1: content begins with so many blanks"):
+        RerankDataset(train_rows, paths, "train", model_of(keeps_blanks, 48, document_format="d: {}"), args)
+
+
+def test_characters_of_many_tokens_make_no_more_passages_than_there_are_characters():
+    model = model_of(max_len=64)
+    text = "﷽" * 60 + "电" * 100
+    [(places, encoded)] = model.encode_passages([("Q", text)], 64)
+    starts = [start for start, _ in places]
+    assert starts == sorted(set(starts)) and [cut for *_, cut in encoded] == [0] * len(encoded)
 
 
 # ---- The file of token ids -------------------------------------------------------------------------------------------

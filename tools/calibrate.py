@@ -164,11 +164,13 @@ def head_of(model):
         is_head = torch.equal(output, logits[:, None])
         if is_head and module.bias is not None:
             return names[module], module
-    last = list(outputs)[-1]
+    there_is = "it has none"
+    if outputs:
+        last = list(outputs)[-1]
+        there_is = f"its last linear layer is {names[last]}, {last}"
     raise UserError(
         f"{architecture} cannot be calibrated here: slope and offset are folded into a linear "
-        "layer with a bias whose one output the logit is, and its last linear layer is "
-        f"{names[last]}, {last}")
+        f"layer with a bias whose one output the logit is, and {there_is}")
 
 
 def require_text_left(model, rows):
@@ -176,8 +178,8 @@ def require_text_left(model, rows):
     if model.long_documents == "best_passage":
         return
     encoded = model.encode(rows.pairs, model.max_len)
-    for line, (_, _, cut) in zip(rows.lines, encoded, strict=True):
-        if cut == 3:
+    for line, pair, encoded_pair in zip(rows.lines, rows.pairs, encoded, strict=True):
+        if model.is_cut_to_blanks(*pair, encoded_pair):
             raise UserError(f"{rows.path}: line {line}: content begins with so many blanks that "
                             f"{model.max_len} tokens hold nothing else of it: take them out")
 
@@ -426,7 +428,7 @@ def copy_other_files(source, folder):
         else:
             left.append(path.name)
     if left:
-        say(f"Not copied from {source}, since they may hold the weights as they were: "
+        say(f"Not copied from {source}, since the weights as they were may be in them: "
             f"{', '.join(left)}")
 
 
