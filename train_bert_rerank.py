@@ -1904,11 +1904,13 @@ class BertRerankerModel(torch.nn.Module):
     def long_documents(self) -> str:
         """What is scored of a document that does not fit, as the config holds it: "cut", its
         beginning, or "best_passage". UserError for anything else."""
-        way = getattr(self.model.config, "long_documents", None) or "cut"
+        way = getattr(self.model.config, "long_documents", None)
+        if way is None:
+            return "cut"
         if way not in ("cut", "best_passage"):
             raise UserError(
                 f"long_documents in the model's config.json is {way!r}: it should be cut or "
-                "best_passage"
+                "best_passage (a run replaces it: --long_documents cut)"
             )
         return way
 
@@ -2006,8 +2008,8 @@ class BertRerankerModel(torch.nn.Module):
         if room < FEWEST_TOKENS:
             raise ValueError(
                 f"max_len {max_len} leaves {max(room, 0)} tokens to a passage beside the query "
-                f"{query[:40]!r}: best_passage takes {FEWEST_TOKENS} or more, so a shorter query or a "
-                "larger max_len"
+                f"{query[:40]!r}: best_passage takes {FEWEST_TOKENS} or more. Take a larger max_len, "
+                'a shorter query, or long_documents "cut"'
             )
 
         tokens = tokens_of(document).offsets  # (start, end) of each in the text
@@ -3052,7 +3054,7 @@ def cross_fit_threshold(precision, labels, probabilities, lists, seed):
     """What the report says of a threshold for `precision`: the probability to take rows from, and
     of such thresholds, on the half of the queries that did not choose them, how many rows they
     take, precision and recall. None where it is not reached: by all rows, by a half, or, beyond
-    chance, by what is taken."""
+    chance, by what is taken, of which fewer than 20 rows show nothing."""
     if len(lists) < FEWEST_TO_HALVE:
         return None
     first_half, second_half = halves(len(lists), seed)
@@ -3071,7 +3073,7 @@ def cross_fit_threshold(precision, labels, probabilities, lists, seed):
     taken, hits = is_taken.sum(), is_relevant[is_taken].sum()
     # Of 95 % of the samples of rows of that precision as many are relevant.
     fewest = taken * precision - 1.645 * math.sqrt(taken * precision * (1 - precision))
-    if not taken or hits < fewest:
+    if taken < ENOUGH["relevant rows"] or hits < fewest:
         return None
     return {
         "threshold": float(threshold),
@@ -3485,6 +3487,7 @@ def load_base(args):
     for key in ("query_format", "document_format"):
         if args[key] != "{}":
             config.update({key: args[key]})
+    require_room_beside_formats(model, max_len)
     if args["long_documents"]:
         config.update({"long_documents": args["long_documents"]})
     # Pipelines and CrossEncoder apply the sigmoid to a logit where the config says so, in a word of
@@ -3493,6 +3496,21 @@ def load_base(args):
     activation = {"activation_fn": "torch.nn.Sigmoid"}
     config.update({"problem_type": None, "sentence_transformers": activation})
     return model
+
+
+def require_room_beside_formats(model, max_len):
+    """UserError where query_format and document_format leave the texts hardly a token."""
+    taken = 0
+    for form in model.formats:
+        text = form.replace("{}", "")
+        taken += len(model.plain_tokenizer.encode(text, add_special_tokens=False))
+    room = max_len - model.plain_tokenizer.num_special_tokens_to_add(is_pair=True) - taken
+    if taken and room < FEWEST_TOKENS:
+        raise UserError(
+            f"query_format and document_format take {taken} of max_len {max_len} tokens: shorten "
+            "them, or take a larger max_len",
+            2,
+        )
 
 
 def identity_of(args, model, train_rows, eval_rows):

@@ -240,9 +240,11 @@ def test_best_passages_stay_the_best_and_are_what_is_calibrated(calibrate, write
 
 
 def test_a_calibrated_model_calibrated_again_stays_as_it_is(calibrate, data):
-    calibrate(TINY, "--data", data, "--output", "once")
-    slope, offset = line_in(calibrate("once", "--data", data, "--output", "twice"))
+    assert "NOT BETTER" not in calibrate(TINY, "--data", data, "--output", "once")
+    printed = calibrate("once", "--data", data, "--output", "twice")
+    slope, offset = line_in(printed)
     assert slope == pytest.approx(1, abs=1e-4) and offset == pytest.approx(0, abs=1e-4)
+    assert printed.count("!!! NOT BETTER !!! On queries that were not fitted the Brier score is no lower") == 1
 
 
 def test_graded_labels_are_fitted_as_expected_labels(calibrate, write_jsonl, logits, model):
@@ -441,8 +443,9 @@ def test_an_output_that_is_there_lies_in_the_model_or_cannot_be_made_is_refused(
     (tmp_path / "full").mkdir()
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "to_model").symlink_to(model)
-    for output in ("full", "eval.jsonl", "dangling", ".", "", model):
-        refused(model, "--data", data, "--output", output, match="exists already: remove it")
+    for output in ("full", "eval.jsonl", "dangling", ".", model):
+        refused(model, "--data", data, "--output", output, match="exists already: take another --output")
+    refused(model, "--data", data, "--output", "", match="output is empty: it should be a path")
     for output in (model / "out", "full/../model/out", "to_model/out"):
         refused(model, "--data", data, "--output", output, match="lies inside of .*model: name a folder outside")
     for output in ("eval.jsonl/out", "no/out", "/proc/out", "o" * 300):

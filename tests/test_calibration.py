@@ -156,28 +156,35 @@ def test_a_precision_that_no_threshold_reaches_has_none(generator):
 
 
 def test_precision_and_recall_of_a_threshold_are_those_on_the_half_that_did_not_choose_it(generator):
-    labels = np.tile([1.0] + [0.0] * 7, 40)
-    scores = labels + generator.normal(0, 1, 320)
-    found = cross_fit_threshold(0.5, labels, scores, lists_of(40), seed=42)
+    labels = np.tile([1.0] + [0.0] * 7, 100)
+    scores = 1.5 * labels + generator.normal(0, 1, 800)
+    found = cross_fit_threshold(0.5, labels, scores, lists_of(100), seed=42)
     hits = taken = 0
-    for chooses, measures in (halves(40, 42), halves(40, 42)[::-1]):
+    for chooses, measures in (halves(100, 42), halves(100, 42)[::-1]):
         rows = np.concatenate([np.arange(8) + 8 * query for query in chooses])
         others = np.concatenate([np.arange(8) + 8 * query for query in measures])
         is_taken = scores[others] >= threshold_for(0.5, labels[rows], scores[rows])
         taken += is_taken.sum()
         hits += labels[others][is_taken].sum()
     assert found == {"threshold": threshold_for(0.5, labels, scores), "rows": taken,
-                     "precision": pytest.approx(hits / taken), "recall": pytest.approx(hits / 40)}  # fmt: skip
+                     "precision": pytest.approx(hits / taken), "recall": pytest.approx(hits / 100)}  # fmt: skip
 
 
 def test_scores_that_know_nothing_are_promised_no_precision_that_chance_gave_them(generator):
     labels = np.tile([1.0] + [0.0] * 7, 100)
-    reached, promised = 0, 0
+    reached, given = 0, 0
     for _ in range(60):
         scores = generator.normal(0, 1, 800)
         reached += threshold_for(0.25, labels, scores) is not None
-        promised += cross_fit_threshold(0.25, labels, scores, lists_of(100), seed=1) is not None
-    assert reached > 20 and promised < 8, "one row in eight is relevant"
+        given += cross_fit_threshold(0.25, labels, scores, lists_of(100), seed=1) is not None
+    assert reached > 20 and given < 10, "one row in eight is relevant"
+
+
+def test_few_rows_show_no_precision(generator):
+    labels = np.tile([1.0] + [0.0] * 7, 40)
+    scores = 9 * labels + generator.normal(0, 1, 320)  # all relevant rows first
+    assert cross_fit_threshold(0.999, labels[:128], scores[:128], lists_of(16), 1) is None, "of 16 rows"
+    assert cross_fit_threshold(0.999, labels, scores, lists_of(40), 1)["rows"] == 40
 
 
 def test_a_precision_is_given_where_it_is_missed_by_no_more_than_chance(generator):

@@ -113,7 +113,7 @@ def test_where_the_base_is_chosen_final_model_is_the_calibrated_one_with_its_way
     assert (folder / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     assert BertRerankerModel.from_pretrained(folder).long_documents == "best_passage"
     card = (folder / "README.md").read_text("utf-8")
-    assert "## Long documents" in card and "Probabilities of final_model: calibration error" in card
+    assert "## Long documents" in card and "Probabilities of final_model: Brier score" in card
     after = predictions(tmp_path / "out")
     assert after.tolist() == predictions(tmp_path / "out", "score_before").tolist()
 

@@ -44,6 +44,7 @@ from train_bert_rerank import (  # noqa: E402
     HIGH,
     BertRerankerModel,
     UserError,
+    brier_score,
     calibration_of,
     candidate_lists,
     fingerprints,
@@ -51,6 +52,7 @@ from train_bert_rerank import (  # noqa: E402
     load_file,
     parse_candidates,
     printable,
+    probabilities_of,
     probe_logits,
     probes_of,
     read_rows,
@@ -393,7 +395,7 @@ def check_output(name, folder):
     """UserError where no new folder `name` can be made, or it would lie in the model's `folder`."""
     output = Path(name)
     if os.path.lexists(output):
-        raise UserError(f"{output} exists already: remove it, or take another --output")
+        raise UserError(f"{output} exists already: take another --output")
     if Path(folder).resolve() in output.resolve().parents:
         raise UserError(f"--output {output} lies inside of {folder}: name a folder outside of it")
     try:
@@ -447,7 +449,7 @@ def write(output, model, source, card):
         flush_to_disk(output.parent)
 
 
-def say_outcome(line, head_name, figures, rows):
+def say_outcome(line, head_name, figures, rows, is_better):
     """Say what was fitted, what it is worth and what it means."""
     say(f"{'':34}{'before':24}after, cross-fitted by query")
     for what, before, after in figures:
@@ -455,6 +457,9 @@ def say_outcome(line, head_name, figures, rows):
     say(f"Fitted on all {len(rows.pairs)} rows of {len(rows.lists)} queries: slope "
         f"{line.slope:.6g}, offset {line.offset:.6g}; folded into {head_name}.")
     say(meaning_of(rows))
+    if not is_better:
+        say("!!! NOT BETTER !!! On queries that were not fitted the Brier score is no lower after "
+            "than before: keep the model as it was.")
 
 
 def say_next(model, options):
@@ -493,7 +498,10 @@ def calibrate(options):
     model.model.config.update({"problem_type": None, "sentence_transformers": activation})
     card = card_of(line, head_name, figures, rows)
     write(Path(options.output), model, options.folder, card)
-    say_outcome(line, head_name, figures, rows)
+    briers = []
+    for logits in (before, calibrated):
+        briers.append(brier_score(probabilities_of(logits), rows.labels))
+    say_outcome(line, head_name, figures, rows, is_better=briers[1] < briers[0])
     say_next(model, options)
 
 
@@ -521,6 +529,9 @@ def parse_command_line():
 
 def check_options(options):
     """UserError where options cannot be meant."""
+    for name in ("folder", "data", "output"):
+        if not getattr(options, name).strip():
+            raise UserError(f"{name} is empty: it should be a path")
     for name in ("min_label", "max_label"):
         value = getattr(options, name)
         if not math.isfinite(value):
