@@ -2461,7 +2461,6 @@ class RerankDataset:
             model.model.config.to_json_string(),
             version("tokenizers"),
             self.args["max_len"],
-            self.by_passages,
             "format 2",  # of the file and of what encode() makes
         )
         digest = hashlib.sha256(self.rows.tobytes() + repr(depends_on).encode())
@@ -4949,8 +4948,8 @@ def threshold_of(candidate, labels):
 def thresholds_of(candidate, dataset, seed):
     """{precision: what cross_fit_threshold() says of it}, as JSON has it."""
     labels, lists = dataset.labels.numpy(), dataset.lists["all"]
-    # In fp32, as predict() gives them: high ones may be equal then.
-    probabilities = torch.as_tensor(candidate.scores).float().sigmoid().double().numpy()
+    # Not the logits: of two high ones, which fp32 has the same probability for, no threshold parts.
+    probabilities = probabilities_of(candidate.scores)
     thresholds = {}
     for precision in PRECISIONS:
         found = cross_fit_threshold(precision, labels, probabilities, lists, seed)

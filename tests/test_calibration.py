@@ -118,6 +118,14 @@ def test_the_error_is_the_true_one_on_average_and_its_interval_holds_it(generato
         assert np.mean(errors) > true - 0.015
 
 
+def test_the_level_of_chance_is_that_of_right_probabilities_also_where_these_are_far_off(generator):
+    labels = (generator.random(800) < 0.1).astype(float)
+    reliability = Reliability(generator.uniform(0.89, 0.91, 800), labels, lists_of(100))
+    right = Reliability(generator.uniform(0.09, 0.11, 800), labels, lists_of(100))
+    assert reliability.level == pytest.approx(right.level, rel=0.25)
+    assert reliability.error == pytest.approx(0.8, abs=0.03)
+
+
 def test_grades_are_measured_by_their_mean_and_bring_less_chance_than_zeros_and_ones(generator):
     probabilities = generator.uniform(0.2, 0.8, 800)
     grades = np.clip(probabilities + generator.uniform(-0.15, 0.15, 800), 0, 1)
@@ -127,8 +135,9 @@ def test_grades_are_measured_by_their_mean_and_bring_less_chance_than_zeros_and_
 
 
 def test_an_error_lies_in_its_interval_where_queries_are_all_alike():
-    labels, probabilities = np.tile([1.0, 0, 0, 0], 40), np.tile([0.6, 0.4, 0.4, 0.1, 0.7, 0.2, 0.2, 0.2], 20)
-    reliability = Reliability(probabilities, labels, lists_of(40, 4))
+    dataset = queries_of(40)
+    probabilities = expit(scores_of([1, 2] * 20))
+    reliability = Reliability(probabilities, dataset.labels.numpy(), dataset.lists["all"])
     low, high = reliability.ci95(0)
     assert low <= reliability.error <= high
 
@@ -187,6 +196,20 @@ def test_few_rows_show_no_precision(generator):
     assert cross_fit_threshold(0.999, labels, scores, lists_of(40), 1)["rows"] == 40
 
 
+def test_a_precision_that_one_half_reaches_and_the_other_misses_is_not_reached():
+    first_half, _ = halves(100, 1)
+    labels, scores = np.zeros(200), np.zeros(200)
+    for query in range(100):
+        rows = slice(2 * query, 2 * query + 2)
+        if query in first_half[:40]:
+            labels[rows], scores[rows] = [1, 0], [2 - query / 1000, -1]  # of these each first row is relevant
+        elif query not in first_half:
+            labels[rows], scores[rows] = [query % 3 == 0, 0], [2 - query / 1000 + (query % 3 == 0), -1]
+    assert threshold_for(0.6, labels, scores) is not None
+    found = cross_fit_threshold(0.6, labels, scores, lists_of(100, 2), seed=1)
+    assert found is None, "a third of the second half's rows from there on are relevant"
+
+
 def test_a_precision_is_given_where_it_is_missed_by_no_more_than_chance(generator):
     given, held = 0, []
     for _ in range(60):
@@ -220,6 +243,9 @@ def test_the_report_has_calibration_before_and_after_and_thresholds(generator):
         "before": calibration_of(base, labels, lists, ARGS["seed"]),
         "after": calibration_of(tuned, labels, lists, ARGS["seed"]),
     }
+    line = probability_line(report, ARGS)
+    assert f"Brier score {report['calibration']['after']['brier']:.3f}, " in line
+    assert report["calibration"]["after"]["brier"] != pytest.approx(report["calibration"]["before"]["brier"], abs=0.01)
     assert set(report["thresholds"]) == {"0.5", "0.8", "0.9"} and report["thresholds"]["0.9"] is None
     assert set(report["thresholds"]["0.5"]) == {"threshold", "rows", "precision", "recall"}
 

@@ -209,6 +209,8 @@ def test_a_query_that_leaves_a_passage_fewer_than_16_tokens_is_an_error_where_th
     with pytest.raises(ValueError, match=r"max_len 32 leaves 1\d tokens to a passage beside the query '充电"):
         model.predict([(QUERY, SHORT), (query, long_text(20))])
     assert model.predict([(query, SHORT)]).shape == (1,), "what fits needs no passage"
+    with pytest.raises(ValueError, match=r"leaves 1\d tokens to a passage"):
+        model_of(max_len=32, document_format="标题：{}（完）").predict([("充电" * 4, long_text(20))])
     with pytest.raises(ValueError, match="leaves 0 tokens"):
         model.predict([("充电" * 40, long_text(20))])
 
@@ -407,7 +409,7 @@ def test_passages_of_blanks_are_none(keeps_blanks):
 
 @pytest.mark.parametrize("query, content", [
     ("充电" * 60, " 充电灯不亮"),  # the query leaves one token, of which a blank takes a part
-    ("充电" * 60, "  \n 充电灯不亮" * 20),
+    ("充电" * 60, "  \n 充电灯不亮" * 20), ("q" * 43, " 充电灯不亮"), ("q" * 42, " 充电灯不亮"),
     ("充电", " " + "😀" * 300), ("充电", "\u3000" + "𠀀" * 300),
     ("充电", " \ufffd\ufffd" * 200), ("充电", "\n" + "电" * 300),
 ])  # fmt: skip
@@ -439,7 +441,7 @@ def test_blanks_that_a_format_stands_before_are_told_too(keeps_blanks, settings,
 
 def test_characters_of_many_tokens_make_no_more_passages_than_there_are_characters():
     model = model_of(max_len=64)
-    text = "﷽" * 60 + "电" * 100
+    text = "\ufdfa" * 60 + "电" * 100  # 33 tokens each
     [(places, encoded)] = model.encode_passages([("Q", text)], 64)
     starts = [start for start, _ in places]
     assert starts == sorted(set(starts)) and [cut for *_, cut in encoded] == [0] * len(encoded)
