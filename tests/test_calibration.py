@@ -224,7 +224,7 @@ def test_a_precision_is_given_where_it_is_missed_by_no_more_than_chance(generato
 
 def test_a_threshold_holds_for_what_predict_gives_where_high_probabilities_are_equal_in_fp32(generator):
     dataset = queries_of(60)
-    scores = generator.normal(22, 1, 300) + 0.5 * dataset.labels.numpy()
+    scores = generator.normal(25, 0.5, 300) + 4 * dataset.labels.numpy()
     report, *_ = judged(dataset, scores, scores)
     assert set(report["thresholds"].values()) == {None}, "all rows have the probability 1"
 
