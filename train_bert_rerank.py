@@ -1544,6 +1544,10 @@ PROBES = [
 FEWEST_TOKENS = 16  # of a passage, for it to say anything
 
 
+class NoRoomError(UserError, ValueError):
+    """A query that leaves a passage of its document fewer than these."""
+
+
 def require_whole_in_transformers(name, revision, local_files_only):
     """UserError where sentence-transformers keeps part of a cross-encoder outside of the model that
     transformers loads: a head in layers of its own, or a prompt."""
@@ -1982,7 +1986,8 @@ class BertRerankerModel(torch.nn.Module):
 
     def encode_passages(self, pairs, max_len):
         """Yield, for each (query, document) pair, (places, encoded pairs) of its passages: places
-        [P, 2] in the document, from character to character. One that fits is one passage."""
+        [P, 2] in the document, from character to character. One that fits is one passage.
+        NoRoomError, a ValueError, where a query leaves them no room."""
         pairs, again = tee(pairs)
         for (query, document), encoded in zip(pairs, self.encode(again, max_len), strict=True):
             _, _, cut = encoded
@@ -1994,7 +1999,7 @@ class BertRerankerModel(torch.nn.Module):
             yield places, list(self.encode(pieces, max_len))
 
     def places_of_passages(self, query, document, max_len):
-        """The places [P, 2] of overlapping passages of a document that does not fit. ValueError
+        """The places [P, 2] of overlapping passages of a document that does not fit. NoRoomError
         where the query leaves fewer than 16 tokens to each.
 
         They are pieces of its text, so that any software that is given one gives it the same score.
@@ -2006,7 +2011,7 @@ class BertRerankerModel(torch.nn.Module):
         whole_room = max_len - special_tokens - len(tokens_of(query_format.replace("{}", query)))
         room = whole_room - len(tokens_of(document_format.replace("{}", "")))
         if room < FEWEST_TOKENS:
-            raise ValueError(
+            raise NoRoomError(
                 f"max_len {max_len} leaves {max(room, 0)} tokens to a passage beside the query "
                 f"{query[:40]!r}: best_passage takes {FEWEST_TOKENS} or more. Take a larger max_len, "
                 'a shorter query, or long_documents "cut"'
@@ -2497,7 +2502,7 @@ class RerankDataset:
             for row in self.rows:
                 try:
                     _, passages = next(all_passages)
-                except ValueError as error:
+                except NoRoomError as error:
                     raise UserError(f"{self.place_of(row)}: {error}") from error
                 yield passages
             return

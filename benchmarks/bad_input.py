@@ -748,6 +748,33 @@ def retrievers_scores():
     ]  # fmt: skip
 
 
+def long_documents():
+    by_passages = {**EVALUATION, "long_documents": "best_passage"}
+    long = line(content="请在七天之内联系客服。" * 20)
+    million = train_lines(GOOD[1], line(content="请在七天之内联系客服。" * 91_000))
+    no_room = "tokens to a passage beside the query"
+    return [
+        evaluates("best passages of documents that fit", good, **by_passages),
+        Case("a document of a million characters, by its best passage", million,
+             ("1 eval pairs (50.00%) do not fit max_len: the best of their passages counts", "Brier"),
+             settings={**by_passages, "max_len": 128}, status=0),
+        refused("a max_len that leaves a passage 12 tokens", train_lines(GOOD[1], long),
+                f"line 2: max_len 20 leaves 12 {no_room}", **{**by_passages, "max_len": 20}),
+        refused("a query that leaves a passage no token",
+                train_lines(GOOD[1], line(query="怎么退款" * 20)),
+                f"line 2: max_len 64 leaves 0 {no_room} '怎么退款", **{**by_passages, "max_len": 64}),
+        bad_setting("a way to score long documents that is none",
+                    "long_documents should be cut or best_passage or None, not 'best'",
+                    long_documents="best"),
+        bad_setting("a format that leaves documents no room",
+                    "query_format and document_format take 40 of max_len 48 tokens: shorten them",
+                    document_format="前缀" * 20 + "{}"),
+        bad_model("long documents scored in a way that is none", config(long_documents="Cut"),
+                  "long_documents in the model's config.json is 'Cut': it should be cut or "
+                  "best_passage", **EVALUATION),
+    ]  # fmt: skip
+
+
 def fine_text(name, text, escaped=False):
     """A text is read, scored and written again exactly as it is, in query and content."""
     rows = [(text, "答", 1, 1), ("问", text, 0, 2), (text, text, 0, 3), ("问", "答", 1, 4)]
@@ -1501,7 +1528,7 @@ THEMES = (
     encodings, kinds_of_file, several_files, names_of_files, names_in_gbk, gzip_files, sizes,
     # lines
     shapes_of_line, lists_of_texts, nearly_right_keys, spellings, bad_texts, bad_labels, odd_labels,
-    evaluations, retrievers_scores, fine_texts, changing_files,
+    evaluations, retrievers_scores, long_documents, fine_texts, changing_files,
     # settings
     settings_of_a_wrong_type, settings_out_of_range, lengths, settings_that_do_not_fit,
     settings_for_data_files, names_of_nothing, command_lines, extreme_settings, output_dirs,

@@ -206,8 +206,9 @@ def test_what_is_no_way_to_score_long_documents_is_named(way):
 def test_a_query_that_leaves_a_passage_fewer_than_16_tokens_is_an_error_where_the_document_does_not_fit():
     model = model_of(max_len=32)
     query = "充电" * 7  # 14 tokens or so of 28
-    with pytest.raises(ValueError, match=r"max_len 32 leaves 1\d tokens to a passage beside the query '充电"):
+    with pytest.raises(ValueError, match=r"max_len 32 leaves 1\d tokens to a passage beside the query '充电") as error:
         model.predict([(QUERY, SHORT), (query, long_text(20))])
+    assert isinstance(error.value, UserError), "a tool says it without a traceback"
     assert model.predict([(query, SHORT)]).shape == (1,), "what fits needs no passage"
     with pytest.raises(ValueError, match=r"leaves 1\d tokens to a passage"):
         model_of(max_len=32, document_format="标题：{}（完）").predict([("充电" * 4, long_text(20))])

@@ -43,6 +43,7 @@ from train_bert_rerank import (  # noqa: E402
     ENOUGH,
     HIGH,
     BertRerankerModel,
+    NoRoomError,
     UserError,
     brier_score,
     calibration_of,
@@ -191,7 +192,7 @@ def logits_of(model, rows, batch_size):
     logit."""
     try:
         logits, _ = model.best_logits(rows.pairs, batch_size, True)
-    except ValueError as error:  # long_documents is best_passage, and a query leaves no room
+    except NoRoomError as error:
         raise UserError(f"{place_without_room(model, rows)}: {error}") from error
     logits = logits.cpu().double().numpy()
     ill = np.flatnonzero(~np.isfinite(logits))
@@ -207,7 +208,7 @@ def place_without_room(model, rows):
     try:
         for _ in model.encode_passages(rows.pairs, model.max_len):
             number += 1
-    except ValueError:
+    except NoRoomError:
         pass
     return f"{rows.path}: line {rows.lines[number]}"
 
