@@ -759,19 +759,21 @@ def long_documents():
              ("1 eval pairs (50.00%) do not fit max_len: the best of their passages counts", "Brier"),
              settings={**by_passages, "max_len": 128}, status=0),
         refused("a max_len that leaves a passage 12 tokens", train_lines(GOOD[1], long),
-                f"line 2: max_len 20 leaves 12 {no_room}", **{**by_passages, "max_len": 20}),
+                f"line 2: max_len 20 leaves 12 {no_room}", left=("cache",),
+                **{**by_passages, "max_len": 20}),
         refused("a query that leaves a passage no token",
                 train_lines(GOOD[1], line(query="怎么退款" * 20)),
-                f"line 2: max_len 64 leaves 0 {no_room} '怎么退款", **{**by_passages, "max_len": 64}),
+                f"line 2: max_len 64 leaves 0 {no_room} '怎么退款", left=("cache",),
+                **{**by_passages, "max_len": 64}),
         bad_setting("a way to score long documents that is none",
-                    "long_documents should be cut or best_passage or None, not 'best'",
+                    'long_documents should be "cut" or "best_passage" or None, not ',
                     long_documents="best"),
         bad_setting("a format that leaves documents no room",
                     "query_format and document_format take 40 of max_len 48 tokens: shorten them",
                     document_format="前缀" * 20 + "{}"),
         bad_model("long documents scored in a way that is none", config(long_documents="Cut"),
                   "long_documents in the model's config.json is 'Cut': it should be cut or "
-                  "best_passage", **EVALUATION),
+                  "best_passage", left=("cache",), **EVALUATION),
     ]  # fmt: skip
 
 
@@ -870,7 +872,7 @@ def lengths():
         trains("max_len of 512 where XLM-R's 514 positions take 512", long_row,
                "max_len truncates 1 train pairs", max_len=512),
         trains("max_len of 8", good,
-               "max_len truncates 3 train pairs (75.00%), in 2 the query too.", max_len=8),
+               "max_len truncates 3 train pairs (75.00%), in 2 the query too; ", max_len=8),
     ]  # fmt: skip
 
 
