@@ -604,7 +604,7 @@ def test_pairs_and_queries_that_max_len_truncates_are_counted_as_the_tokenizer_c
     assert 0 < query_cut < cut < 100
     data = b"\n".join(line(query=query, content=content, label=label) for query, content, label in rows)
     expected = (f"Warning: max_len truncates {cut} eval pairs ({cut}.00%), in {query_cut} the query too; "
-                "--long_documents best_passage scores all of the document.\n")  # fmt: skip
+                "--long_documents best_passage scores all of a document.\n")  # fmt: skip
     for _ in range(2):  # the second time from the cache
         dataset(data, max_len=max_len)
         assert capsys.readouterr().out.endswith(expected)

@@ -660,9 +660,7 @@ def tokens(tmp_path, reranker):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         settings = check_settings({"output_dir": str(tmp_path / "out"), **changes})
         counted, encode = [], model.encode
-        spy = SimpleNamespace(
-            model=model.model, plain_tokenizer=model.plain_tokenizer, retriever_weight=model.retriever_weight
-        )
+        spy = copy.copy(model)
         spy.encode = lambda pairs, max_len: encode((counted.append(1) or pair for pair in pairs), max_len)
         loaded, _ = train_bert_rerank.load_file(str(path), 0, settings)
         return RerankDataset(loaded, [str(path)], "train", spy, settings), len(counted)
