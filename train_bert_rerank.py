@@ -4811,10 +4811,7 @@ def judge(candidates, dataset, metric, args):
         "too_few": gain["too_few"],
         "threshold": threshold_of(kept, labels),
         "thresholds": thresholds_of(kept, dataset, args["seed"]),
-        "calibration": {
-            "before": calibration_of(base.scores, labels, dataset.lists["all"], args["seed"]),
-            "after": calibration_of(kept.scores, labels, dataset.lists["all"], args["seed"]),
-        },
+        "calibration": calibrations_of(base, kept, dataset, args["seed"]),
         "history": history,
         "chosen": chosen,
         "base_has_new_head": base.has_new_head,
@@ -4948,6 +4945,16 @@ def threshold_of(candidate, labels):
         return None
     _, score = best_f1(labels, np.asarray(candidate.scores))
     return torch.tensor(score).sigmoid().item()
+
+
+def calibrations_of(base, kept, dataset, seed):
+    """What calibration_of() says before and after, which are the same where the base is kept."""
+    labels, lists = dataset.labels.numpy(), dataset.lists["all"]
+    before = calibration_of(base.scores, labels, lists, seed)
+    after = before
+    if kept is not base:
+        after = calibration_of(kept.scores, labels, lists, seed)
+    return {"before": before, "after": after}
 
 
 def thresholds_of(candidate, dataset, seed):

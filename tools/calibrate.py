@@ -24,7 +24,6 @@ what was done. It is there whole or not at all.
 """
 
 import argparse
-import math
 import os
 import shlex
 import shutil
@@ -39,6 +38,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from convert_data import scale_of  # noqa: E402
+
 from train_bert_rerank import (  # noqa: E402
     ENOUGH,
     HIGH,
@@ -520,12 +521,7 @@ def parse_command_line():
     add("--batch_size", type=int, default=32,
         help="pairs scored at once, of the longest (default 32)")
 
-    options = parser.parse_args()
-    for name in ("min_label", "max_label"):
-        label = getattr(options, name)
-        if label.is_integer():
-            setattr(options, name, int(label))  # messages say 0, not 0.0
-    return options
+    return parser.parse_args()
 
 
 def check_options(options):
@@ -533,12 +529,6 @@ def check_options(options):
     for name in ("folder", "data", "output"):
         if not getattr(options, name).strip():
             raise UserError(f"{name} is empty: it should be a path")
-    for name in ("min_label", "max_label"):
-        value = getattr(options, name)
-        if not math.isfinite(value):
-            raise UserError(f"{name} is {value}: it should be a number")
-    if options.min_label >= options.max_label:
-        raise UserError(f"min_label {options.min_label} is not below max_label {options.max_label}")
     if options.batch_size < 1:
         raise UserError(f"batch_size {options.batch_size}: it should be 1 or more")
 
@@ -547,6 +537,7 @@ def main():
     """Parse the command line and calibrate; a user's mistake is one message and exit status 1."""
     options = parse_command_line()
     try:
+        options.min_label, options.max_label = scale_of(options)
         check_options(options)
         calibrate(options)
     except (UserError, OSError) as error:

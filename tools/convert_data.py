@@ -1009,6 +1009,21 @@ def number_of(label):
     return int(number) if number.is_integer() else number
 
 
+def scale_of(options):
+    """(min_label, max_label) of a tool's options, each an int where it is whole, as messages and
+    files show it; UserError where they are no scale."""
+    ends = []
+    for name in ("min_label", "max_label"):
+        value = getattr(options, name)
+        if not math.isfinite(value):
+            raise UserError(f"{name} is {value}: it should be a number")
+        ends.append(number_of(value))
+    low, high = ends
+    if low >= high:
+        raise UserError(f"min_label {low} is not below max_label {high}")
+    return low, high
+
+
 def line_of(query, content, label):
     """A row as a line of JSONL, and its label as a number.
 

@@ -40,7 +40,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from convert_data import check_output, number_of, opened_text  # noqa: E402
+from convert_data import check_output, number_of, opened_text, scale_of  # noqa: E402
 from retrieval import (  # noqa: E402
     DOCUMENT_IDS,
     WORDS_BY,
@@ -472,23 +472,11 @@ def parse_command_line():
         help="of irrelevant documents, and of those that were not judged (default 0)")
     add("--max_label", type=float, default=1.0, help="of fully relevant documents (default 1)")
 
-    options = parser.parse_args()
-    options.middle = (options.min_label + options.max_label) / 2
-    for name in ("min_label", "max_label"):
-        label = getattr(options, name)
-        if label.is_integer():
-            setattr(options, name, int(label))  # the file says 0, not 0.0
-    return options
+    return parser.parse_args()
 
 
 def check_options(options):
     """UserError where options contradict each other."""
-    for name in ("min_label", "max_label"):
-        value = getattr(options, name)
-        if not math.isfinite(value):
-            raise UserError(f"{name} is {value}: it should be a number")
-    if options.min_label >= options.max_label:
-        raise UserError(f"min_label {options.min_label} is not below max_label {options.max_label}")
     if options.k < 1:
         raise UserError(f"k {options.k}: it should be 1 or more")
     if options.retriever == "bm25" and options.embedding_model:
@@ -503,6 +491,8 @@ def main():
     """Parse the command line and retrieve; a user's mistake is one message and exit status 1."""
     options = parse_command_line()
     try:
+        options.min_label, options.max_label = scale_of(options)
+        options.middle = (options.min_label + options.max_label) / 2
         check_options(options)
         retrieve(options)
     except ModuleNotFoundError as error:
