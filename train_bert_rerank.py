@@ -4433,15 +4433,17 @@ def shift_to_labels(run):
     """What brings the logits of 256 training rows to the labels as a whole: they stand off after a
     listwise loss."""
     dataset = run.train_data
-    stride = math.ceil(len(dataset) / 256)
-    sample = [dataset[row] for row in range(0, len(dataset), stride)]
+    # Drawn, since every nth row of lists of n would be the relevant one of each.
+    generator = torch.Generator().manual_seed(run.args["seed"])
+    rows = torch.randperm(len(dataset), generator=generator)[:256].sort().values.tolist()
+    sample = [dataset[row] for row in rows]
     logits = score_together(run, sample, run.record["micro_batch_tokens"]).cpu().double()
 
     # Of shifts in steps of 0.1, around the one that brings the median to 0, that after which the
     # mean probability is nearest to the mean label.
     shifts = torch.arange(-100, 100, 0.1).double() - logits.median()
     means = (logits[:, None] + shifts).sigmoid().mean(0)
-    target = dataset.labels[::stride].mean().clamp(0.01, 0.99)
+    target = dataset.labels[rows].mean().clamp(0.01, 0.99)
     return shifts[(means - target).abs().argmin()].item()
 
 

@@ -269,7 +269,7 @@ def test_a_head_without_a_bias_and_logits_that_are_not_finite_are_left_as_they_a
     def shifted():
         """The names of what fit_bias() shifts; it needs this of a Run."""
         run = SimpleNamespace(
-            accelerator=train_bert_rerank.Accelerator(cpu=True), model=model, train_data=dataset,
+            args={"seed": 42}, accelerator=train_bert_rerank.Accelerator(cpu=True), model=model, train_data=dataset,
             record={"micro_batch_tokens": 640, "micro_batch_cost": 16}, stop=train_bert_rerank.StopRequest(),
             unshifted_bias={},
         )  # fmt: skip
@@ -282,6 +282,24 @@ def test_a_head_without_a_bias_and_logits_that_are_not_finite_are_left_as_they_a
     model.model.classifier.out_proj.bias = None
     assert shifted() == []
     assert capsys.readouterr().out.count("The logits stand") == 1
+
+
+@pytest.mark.parametrize("irrelevant", [3, 7])
+def test_a_relevant_row_at_the_head_of_each_list_is_no_reason_to_shift_the_head(
+    write_jsonl, tmp_path, capsys, irrelevant
+):
+    """Every fourth or eighth row would be a relevant one."""
+    data = []
+    for query in range(2048 // (1 + irrelevant)):
+        for number in range(1 + irrelevant):
+            content = f"型号{query}的说明" if number == 0 else f"型号{query + 500 * number}的说明书"
+            data.append({"query": f"型号{query}", "content": content, "label": int(number == 0)})
+    settings = {"model_name_or_path": str(TINY), "train_dataset": write_jsonl("train.jsonl", data), "epochs": 1,
+                "eval_dataset": None, "lr": 0.0, "max_len": 32, "mixed_precision": "no", "log_with": None,
+                "output_dir": str(tmp_path / "out")}  # fmt: skip
+    train_bert_rerank.train(settings)
+    shift = re.search(r"The logits stand (\S+) off", capsys.readouterr().out)
+    assert not shift or abs(float(shift[1])) < 3
 
 
 @pytest.fixture(scope="module")
