@@ -447,6 +447,15 @@ def test_a_spoilt_checkpoint_is_an_error_and_the_older_one_goes_on(settings, kil
     assert digests(tmp_path / "out") == digests(whole[0])
 
 
+def test_a_checkpoint_of_a_version_with_another_order_of_rows_is_not_gone_on_with(settings, killed):
+    path = killed / "checkpoint-00000004" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    del state["identity"]["order of an epoch"]
+    torch.save(state, path)
+    with pytest.raises(UserError, match="cannot be read: ValueError: it was written by another version of this script"):
+        train_bert_rerank.train({**settings, **RESUME})
+
+
 def test_a_half_written_checkpoint_is_never_taken_for_one_and_goes(settings, killed):
     before = names_in(killed)
     half = killed / "checkpoint-00000005" / "state.machine.7"
