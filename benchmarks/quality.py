@@ -10,7 +10,8 @@ FOLDER holds xquad_en_train.jsonl and so on. All train the same folder on the sa
 decay 0.01), clipping at 1, a tenth of the steps of warm-up and then cosine, max_len 128, and all but "as it comes" keep
 the last weights. Lists of the train file are cut to one form, such as one relevant and seven irrelevant rows. A fifth
 of that file's queries is never trained on: of three learning rates each contender takes the one with which it ranks
-these best, with seed 1; so are the weights of the list losses chosen. "As it comes" evaluates on them. The table is of the eval file, of three seeds, scored by the script in fp32.
+these best, with seed 1; so are the weights of the list losses chosen. "As it comes" evaluates on them. The table is of
+the eval file, of three seeds, scored by the script in fp32.
 
 NDCG@10 of a query is averaged over seeds. The intervals are of the paired difference to "ours": 2.5 and 97.5 % of
 10,000 means over queries and, for each of the two, seeds drawn anew.
@@ -300,16 +301,13 @@ def plain_loop(job):
 
     def collate(rows):
         queries, contents = ([row[key] for row in rows] for key in ("query", "content"))
-        batch = tokenizer(
-            queries, contents, truncation=True, max_length=MAX_LEN, padding=True, return_tensors="pt"
-        )
+        options = {"truncation": True, "max_length": MAX_LEN, "padding": True}
+        batch = tokenizer(queries, contents, return_tensors="pt", **options)
         return batch, torch.tensor([float(row["label"]) for row in rows])
 
     loader = torch.utils.data.DataLoader(job.rows, SAMPLES, shuffle=True, collate_fn=collate)
     optimizer = torch.optim.AdamW(model.parameters(), job.run.lr, weight_decay=WEIGHT_DECAY)
-    schedule = transformers.get_cosine_schedule_with_warmup(
-        optimizer, job.warm_up_steps, job.steps
-    )
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, job.warm_up_steps, job.steps)
     for _ in range(job.run.collection.epochs):
         for batch, labels in loader:
             with torch.autocast("cpu", torch.bfloat16, enabled=job.mixed_precision == "bf16"):
@@ -432,33 +430,37 @@ def flag_embedding(job):
     return job.folder / "out"
 
 
-CONTENDERS: dict[str, Callable] = {"ours": ours}
-CONTENDERS["ours, rows permuted"] = partial(ours, replacements={"epoch_windows": rows_alone})
-for list_loss, loss_name in ((softmax_loss, "softmax"), (pairwise_loss, "pairwise")):
-    for loss_weight in (1, 0.3, 3):
-        with_loss = partial(with_list_loss, list_loss, loss_weight)
-        CONTENDERS[f"ours, + {loss_weight} {loss_name}"] = partial(
-            ours, replacements={"forward_backward": with_loss}
-        )
-CONTENDERS |= {
+OURS = {
+    "ours": ours,
     "ours, as it comes": partial(ours, evaluates=True),
+    "ours, rows permuted": partial(ours, replacements={"epoch_windows": rows_alone}),
+}
+STARTS = {
     "ours, without a shift": partial(ours, replacements={"fit_bias": no_shift}),
     "ours, any shift": partial(ours, replacements={"fit_bias": any_shift}),
+}
+PEERS = {
     "sentence-transformers, LambdaLoss": partial(sentence_transformers, make_loss=lambda_loss),
     "sentence-transformers, ListNet": partial(sentence_transformers, make_loss=list_net),
-    "FlagEmbedding": flag_embedding,
     "sentence-transformers, BCE": partial(sentence_transformers, make_loss=bce),
     "sentence-transformers, BCE, pos_weight": partial(
         sentence_transformers, make_loss=weighted_bce
     ),
+    "FlagEmbedding": flag_embedding,
     "plain loop": plain_loop,
 }
-# Those of a family differ by the weight of a loss: the learning rate is chosen with the first, then
-# the weight.
-FAMILIES = {}
-for contender in CONTENDERS:
-    if "shift" not in contender:
-        FAMILIES.setdefault(contender.replace("0.3 ", "1 ").replace("3 ", "1 "), []).append(contender)
+LIST_LOSSES = {"ours, + softmax": softmax_loss, "ours, + pairwise": pairwise_loss}
+
+CONTENDERS: dict[str, Callable] = {**OURS, **STARTS, **PEERS}
+# {name: contenders of which the best is taken}: the learning rate is chosen with the first of them.
+FAMILIES = {name: [name] for name in (*OURS, *PEERS)}
+for family, list_loss in LIST_LOSSES.items():
+    FAMILIES[family] = []
+    for loss_weight in (1, 0.3, 3):
+        name = family.replace("+", f"+ {loss_weight}")
+        with_loss = partial(with_list_loss, list_loss, loss_weight)
+        CONTENDERS[name] = partial(ours, replacements={"forward_backward": with_loss})
+        FAMILIES[family].append(name)
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -489,7 +491,7 @@ def ndcg_of(folder, rows):
 
 
 def train_run(run, options):
-    """Do a run, or find it: its model is in its folder, and dev.json, NDCG@10 of the dev queries."""
+    """Do a run, or find it: its folder has the model, and dev.json, NDCG@10 of the dev queries."""
     kept = options.runs / run.name
     if (kept / "dev.json").exists():
         return run
@@ -581,14 +583,19 @@ def interval(ndcg, of_ours):
     return np.quantile(means[0] - means[1], [0.025, 0.975])
 
 
+def difference(ndcg, of_ours):
+    """What two arrays [seeds, queries] differ by, and its interval, as text."""
+    if np.array_equal(ndcg, of_ours):
+        return "–"
+    low, high = interval(ndcg, of_ours)
+    return f"{ndcg.mean() - of_ours.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
 def table_row(run, ndcg, of_ours):
     """A row of the table of a collection, of arrays [seeds, queries]."""
     seeds = " ".join(f"{value:.3f}" for value in ndcg.mean(axis=1))
-    difference = "–"
-    if ndcg is not of_ours:
-        low, high = interval(ndcg, of_ours)
-        difference = f"{ndcg.mean() - of_ours.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
-    return f"| {run.contender} | {run.lr:g} | {seeds} | {ndcg.mean():.3f} | {difference} |"
+    cells = [run.contender, f"{run.lr:g}", seeds, f"{ndcg.mean():.3f}", difference(ndcg, of_ours)]
+    return f"| {' | '.join(cells)} |"
 
 
 def compare(options):
@@ -641,31 +648,42 @@ def ndcg_of_base(collection, options):
         return np.array(ndcg_of(base_folder(collection.base, options.runs), rows))
 
 
+HEADS = {  # collection: (learning rate, where the head may start)
+    "xquad_zh": (2e-4, ("ours", "ours, without a shift", "ours, any shift")),
+    "xquad_en": (1e-4, ("ours", "ours, without a shift")),  # a new one
+}
+
+
 def start(options):
-    """The table of where a head starts: after a third and all of the training."""
+    """The table of where a head starts: NDCG@10 after a third and after all of the training."""
     bench = Bench(options)
-    heads = {  # collection: (learning rate, rules)
-        "xquad_zh": (2e-4, ("ours, without a shift", "ours", "ours, any shift")),
-        "xquad_en": (1e-4, ("ours, without a shift", "ours")),
-    }
     print("| | one relevant to | start | a third | all | less ours |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name in options.collections:
-        lr, rules = heads[name]
         for irrelevant in (3, 7, 15):
-            collection = replace(COLLECTIONS[name], form=(1, irrelevant))
-            collection = replace(collection, rows=collection.rows // (1 + irrelevant) * (1 + irrelevant))
-            seeds = SEEDS if irrelevant < 15 else SEEDS[:1]
-            runs = [Run(collection, rule, lr, seed) for rule in rules for seed in seeds]
-            results = bench.test(runs, ("third", "model"))
-            ndcg = {}
-            for rule in rules:
-                of_rule = [results[Run(collection, rule, lr, seed)] for seed in seeds]
-                ndcg[rule] = {part: np.stack([each[part] for each in of_rule]) for part in of_rule[0]}
-            for rule, of_part in ndcg.items():
-                cells = [f"{values.mean():.3f}" for values in of_part.values()]
-                low, high = interval(of_part["model"], ndcg["ours"]["model"])
-                print(f"| {name} | {irrelevant} | {rule} | {' | '.join(cells)} | [{low:+.3f}, {high:+.3f}] |", flush=True)
+            whole_lists = COLLECTIONS[name].rows // (1 + irrelevant) * (1 + irrelevant)
+            collection = replace(COLLECTIONS[name], form=(1, irrelevant), rows=whole_lists)
+            start_on(collection, bench)
+
+
+def start_on(collection, bench):
+    """The rows of the table of a collection and form; of the last form one seed is enough."""
+    lr, starts = HEADS[collection.name]
+    relevant, irrelevant = collection.form
+    seeds = SEEDS if irrelevant < 15 else SEEDS[:1]
+    runs = {}
+    for contender in starts:
+        runs[contender] = [Run(collection, contender, lr, seed) for seed in seeds]
+    results = bench.test(itertools.chain(*runs.values()), ("third", "model"))
+
+    of_ours = np.stack([results[run]["model"] for run in runs["ours"]])
+    for contender, of_contender in runs.items():
+        third, after = (
+            np.stack([results[run][part] for run in of_contender]) for part in ("third", "model")
+        )
+        cells = [f"{collection.name} | {irrelevant} | {contender}"]
+        cells += [f"{third.mean():.3f}", f"{after.mean():.3f}", difference(after, of_ours)]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main():

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command_line, rows_of, write_rows
@@ -804,9 +805,10 @@ def test_weights_and_optimizer_stay_as_they_are_in_a_step_that_is_not_finite(
 def test_three_bad_steps_in_a_row_end_the_run_and_the_last_good_checkpoint_stands(
     settings, poisoned, tmp_path, write_jsonl, capsys
 ):
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(42)).tolist()
     rows = rows_of(40)
-    for index in order[16:]:
+    queries = [train_bert_rerank.fingerprints(row["query"], row["content"])[0] for row in rows]
+    windows = train_bert_rerank.epoch_windows(queries, 8, torch.Generator().manual_seed(42))
+    for index in np.concatenate(windows[2:]):
         rows[index]["content"] = "毳毛"
     settings = {**settings, "model_name_or_path": poisoned, "train_dataset": write_jsonl("train.jsonl", rows)}
     with pytest.raises(UserError, match="three steps in a row were not applied: start over .* lr than 0.001"):
