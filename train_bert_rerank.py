@@ -2596,16 +2596,11 @@ def tokens_in(cache):
 # A window holds the samples of one optimizer step. Inside it their order does not matter to the
 # gradient, so they are sorted by length and cut into micro-batches, each padded to its longest,
 # that waste little on padding.
-def epoch_windows(queries, samples_per_step, generator):
+def epoch_windows(count, samples_per_step, generator):
     """An epoch's windows, each the row numbers of an optimizer step: a new random permutation of
-    the queries, in pieces. `queries` [N] tells the query of each row. Its rows stay together, so
-    that a step sets its documents against each other; their own order is random, lest a window's
-    end cut the same ones off each time."""
-    _, query_of_row = np.unique(queries, return_inverse=True)
-    place_of_query = torch.randperm(query_of_row.max() + 1, generator=generator).numpy()
-    rows = torch.randperm(len(queries), generator=generator).numpy()
-    rows = rows[place_of_query[query_of_row[rows]].argsort(kind="stable")]
-    return np.split(rows, range(samples_per_step, len(rows), samples_per_step))
+    `count`, in pieces."""
+    permutation = torch.randperm(count, generator=generator)
+    return [window.numpy() for window in permutation.split(min(count, samples_per_step))]
 
 
 class Cut(NamedTuple):
@@ -3539,7 +3534,6 @@ def identity_of(args, model, train_rows, eval_rows):
         "tokenizer": hashlib.sha256(tokenizer_text(model).encode()).hexdigest(),
         "base weights": base_weights.hexdigest(),
         "samples of a step": args["batch_size"] * args["gradient_accumulation_steps"] * processes,
-        "order of an epoch": "whole queries",
     }
 
 
@@ -4136,8 +4130,6 @@ def load_checkpoint(folder, args, identity, record):
     tell of. Says what differs otherwise."""
     try:
         state = torch.load(folder / "state.pt", "cpu", weights_only=True)
-        if state["identity"].keys() != identity.keys():
-            raise ValueError("it was written by another version of this script")
         candidates = [Candidate(**candidate) for candidate in state["progress"]["candidates"]]
         progress = Progress(**{**state.pop("progress"), "candidates": candidates})
         best_weights = None
@@ -4466,13 +4458,12 @@ def set_weights(model, weights, base_interpolation):
 
 
 def windows_from(run, first_step):
-    """Yield the windows of the steps from `first_step` on, one permutation of the queries after the
-    other."""
+    """Yield the windows of the steps from `first_step` on, one permutation of the train rows after
+    the other."""
     generator = torch.Generator().manual_seed(run.args["seed"])
-    queries = run.train_data.rows["query"]
     step = 0
     for _ in range(run.args["epochs"]):
-        for window in epoch_windows(queries, run.samples_per_step, generator):
+        for window in epoch_windows(len(run.train_data), run.samples_per_step, generator):
             step += 1
             if step >= first_step:
                 yield window

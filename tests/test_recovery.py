@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import accelerate
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command_line, rows_of, write_rows
@@ -448,15 +447,6 @@ def test_a_spoilt_checkpoint_is_an_error_and_the_older_one_goes_on(settings, kil
     assert digests(tmp_path / "out") == digests(whole[0])
 
 
-def test_a_checkpoint_of_a_version_with_another_order_of_rows_is_not_gone_on_with(settings, killed):
-    path = killed / "checkpoint-00000004" / "state.pt"
-    state = torch.load(path, weights_only=True)
-    del state["identity"]["order of an epoch"]
-    torch.save(state, path)
-    with pytest.raises(UserError, match="cannot be read: ValueError: it was written by another version of this script"):
-        train_bert_rerank.train({**settings, **RESUME})
-
-
 def test_a_half_written_checkpoint_is_never_taken_for_one_and_goes(settings, killed):
     before = names_in(killed)
     half = killed / "checkpoint-00000005" / "state.machine.7"
@@ -805,10 +795,9 @@ def test_weights_and_optimizer_stay_as_they_are_in_a_step_that_is_not_finite(
 def test_three_bad_steps_in_a_row_end_the_run_and_the_last_good_checkpoint_stands(
     settings, poisoned, tmp_path, write_jsonl, capsys
 ):
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(42)).tolist()
     rows = rows_of(40)
-    queries = [train_bert_rerank.fingerprints(row["query"], row["content"])[0] for row in rows]
-    windows = train_bert_rerank.epoch_windows(queries, 8, torch.Generator().manual_seed(42))
-    for index in np.concatenate(windows[2:]):
+    for index in order[16:]:
         rows[index]["content"] = "毳毛"
     settings = {**settings, "model_name_or_path": poisoned, "train_dataset": write_jsonl("train.jsonl", rows)}
     with pytest.raises(UserError, match="three steps in a row were not applied: start over .* lr than 0.001"):

@@ -17,7 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import train_bert_rerank
-from train_bert_rerank import BertRerankerModel, UserError, epoch_windows, fingerprints
+from train_bert_rerank import BertRerankerModel, UserError
 
 SCRIPT = (ROOT / "train_bert_rerank.py").read_text(encoding="utf-8")
 pytestmark = pytest.mark.usefixtures("small_pictures")
@@ -63,13 +63,13 @@ def plain_loop(model_folder, rows, samples_per_step, epochs, peak, seed):
         {"params": [named[name] for name in named if is_plain[name]], "weight_decay": 0.0},
     ])  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    queries = [fingerprints(row["query"], row["content"])[0] for row in rows]
     total = epochs * math.ceil(len(rows) / samples_per_step)
     warmup = math.ceil(0.1 * total)
     gradients, norms, losses = [], [], []
     for _ in range(epochs):
-        for numbers in epoch_windows(queries, samples_per_step, generator):
-            window = [rows[number] for number in numbers]
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        for start in range(0, len(rows), samples_per_step):
+            window = [rows[index] for index in order[start : start + samples_per_step]]
             mean_loss = 0.0
             for row in window:
                 cut = {"truncation": "only_second", "max_length": 64, "return_tensors": "pt"}

@@ -54,12 +54,11 @@ def test_a_sample_longer_than_the_bound_stands_alone():
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_over_all_processes_every_sample_comes_up_once_an_epoch_within_the_bound(processes):
     lengths = GENERATOR.integers(3, 512, 203)
-    queries = GENERATOR.integers(0, 40, 203)
     orders = [torch.Generator().manual_seed(5) for _ in range(processes)]
     for _ in range(2):
         windows = list(zip(*(
             [(window, [window[indices] for indices in plan_window(lengths[window], 1024, 16, processes)[index]])
-             for window in epoch_windows(queries, 16, orders[index])] for index in range(processes)
+             for window in epoch_windows(203, 16, orders[index])] for index in range(processes)
         ), strict=True))  # fmt: skip
         assert len(windows) == math.ceil(203 / 16)
         seen = []
@@ -73,40 +72,15 @@ def test_over_all_processes_every_sample_comes_up_once_an_epoch_within_the_bound
         assert [len(window) for (window, _), *_ in windows] == [16] * 12 + [11]
 
 
-def epochs_of(queries, samples_per_step, count=2):
-    """The first `count` epochs' windows, as lists of row numbers."""
-    order = torch.Generator().manual_seed(9)
+def test_a_window_is_consecutive_in_the_random_permutation_and_each_epoch_has_its_own():
+    order, expected = torch.Generator().manual_seed(9), torch.Generator().manual_seed(9)
     epochs = []
-    for _ in range(count):
-        windows = epoch_windows(np.array(queries), samples_per_step, order)
-        epochs.append([window.tolist() for window in windows])
-    return epochs
-
-
-def test_the_rows_of_a_query_stay_together_wherever_they_stand_in_the_file():
-    queries = GENERATOR.permutation(np.repeat(np.arange(40), GENERATOR.integers(1, 9, 40)))
-    for windows in epochs_of(queries, 16):
-        assert [len(window) for window in windows[:-1]] == [16] * (len(windows) - 1)
-        rows = [row for window in windows for row in window]
-        assert sorted(rows) == list(range(len(queries)))
-        runs = [query for query, _ in itertools.groupby(queries[rows])]
-        assert len(runs) == 40  # each query begins once
-
-
-def test_queries_and_the_rows_of_each_come_in_another_order_in_each_epoch():
-    queries = np.repeat(np.arange(40), 8)
-    first, second = ([row for window in windows for row in window] for windows in epochs_of(queries, 16))
-    assert queries[first].tolist() != queries[second].tolist()
-
-    # No place of a list comes first more often, so that a window's end cuts no kind of rows off.
-    places = [windows[0][0] % 8 for windows in epochs_of(queries, 16, 400)]
-    assert np.bincount(places, minlength=8) == pytest.approx(np.full(8, 50), abs=30)
-
-
-def test_queries_of_one_row_each_are_permuted_evenly():
-    """Each row comes first about as often as any other: of 4,000 epochs of five rows 800 times."""
-    first = [windows[0][0] for windows in epochs_of(range(5), 5, 4000)]
-    assert np.bincount(first) == pytest.approx(np.full(5, 800), abs=120)
+    for _ in range(2):
+        permutation = torch.randperm(40, generator=expected).tolist()
+        windows = epoch_windows(40, 8, order)
+        assert [window.tolist() for window in windows] == [permutation[step : step + 8] for step in range(0, 40, 8)]
+        epochs.append(permutation)
+    assert epochs[0] != epochs[1]
 
 
 def test_a_window_smaller_than_the_number_of_processes_leaves_some_without_work():
@@ -145,7 +119,7 @@ def test_windows_pad_less_than_five_percent_of_the_tokens_where_random_batches_p
     order = torch.Generator().manual_seed(0)
     padded = sum(
         len(indices) * lengths[window][indices].max()
-        for window in epoch_windows(np.arange(len(lengths)), 64, order)
+        for window in epoch_windows(len(lengths), 64, order)
         for indices in plan_window(lengths[window], max_tokens=8 * 512, batch_cost=16)[0]
     )
     random_batches = lengths.reshape(-1, 8)
