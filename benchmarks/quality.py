@@ -18,7 +18,7 @@ NDCG@10 of a query is averaged over seeds. The intervals are of the paired diffe
 
 Peers run as their documentation has it. FlagEmbedding takes one relevant row a group: a list with two becomes two
 groups, each with half of the irrelevant rows. Two processes of one thread each do the runs; each run is kept in RUNS
-and found again.
+and found again, with its weights: 90 MB of each run of MiniLM, 11 GB in all.
 """
 
 import argparse
@@ -35,7 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -62,7 +62,7 @@ class Collection:
     """What is trained on, and from what base."""
 
     name: str  # of the two files
-    base: str  # of BASES
+    base: str  # as base_folder() has it
     form: tuple[int, int]  # relevant and irrelevant rows of a list
     rows: int
     epochs: int
@@ -74,8 +74,9 @@ COLLECTIONS = {
     "xquad_en": Collection("xquad_en", "MiniLM, new head", (1, 7), 1000, 2, (5e-5, 1e-4, 2e-4)),
     "cranfield": Collection("cranfield", "MiniLM, XQuAD-en", (2, 6), 400, 1, (5e-5, 1e-4, 2e-4)),
 }
-# Lists longer than a step. The others' are whole in a step, as the prototypes of list losses need them.
+# Lists longer than a step. The others' are whole in a step, as the list losses need them.
 LONG = Collection("cranfield", "MiniLM, XQuAD-en", (8, 15), 391, 1, (5e-5, 1e-4, 2e-4))
+OWN_IRRELEVANT = 7  # lists of more are filled with texts drawn from the file
 TEST_QUERIES = 200  # of the eval file, at most
 
 
@@ -118,7 +119,7 @@ def lists_of(path):
 
 def rows_to_train_on(data, collection):
     """(train rows, dev rows) of the train file, in lists of one form; dev is a fifth of its
-    queries. Where irrelevant rows are too few, relevant ones of other queries fill the list."""
+    queries. Forms with many irrelevant rows are filled with other queries' texts."""
     draw = random.Random(0)
     lists = lists_of(Path(data, f"{collection.name}_train.jsonl").resolve())
     texts = sorted({row["content"] for rows in lists.values() for row in rows})
@@ -130,7 +131,7 @@ def rows_to_train_on(data, collection):
         positives = [row for row in lists[query] if row["label"] > 0]
         negatives = [row for row in lists[query] if row["label"] == 0]
         for text in draw.sample(texts, 2 * irrelevant):
-            if irrelevant > 7 and text not in own:
+            if irrelevant > OWN_IRRELEVANT and text not in own:
                 negatives.append({"query": query, "content": text, "label": 0})
         if len(positives) >= relevant and len(negatives) >= irrelevant:
             formed.append(draw.sample(positives, relevant) + negatives[:irrelevant])
@@ -163,7 +164,8 @@ class Run:
     def name(self):
         """All that tells it from other runs."""
         relevant, irrelevant = self.collection.form
-        of = f"{self.collection.name}, {relevant} to {irrelevant}"
+        size = f"{self.collection.rows} rows, {self.collection.epochs} epochs"
+        of = f"{self.collection.name}, {relevant} to {irrelevant}, {size}"
         return f"{of}, {self.contender}, lr {self.lr:g}, seed {self.seed}"
 
 
@@ -469,19 +471,13 @@ for family, list_loss in LIST_LOSSES.items():
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
-class one_thread(ExitStack):
+@contextmanager
+def one_thread(runs):
     """What is done within takes one thread, and prints into a file of the folder."""
-
-    def __init__(self, runs):
-        super().__init__()
-        self.runs = runs
-
-    def __enter__(self):
-        torch.set_num_threads(1)
-        log = open(self.runs / f"log_{os.getpid()}.txt", "a", encoding="utf-8")
-        for stream in ("stdout", "stderr"):
-            self.enter_context(patch.object(sys, stream, log))
-        return self
+    torch.set_num_threads(1)
+    with open(runs / f"log_{os.getpid()}.txt", "a", encoding="utf-8") as log:
+        with redirect_stdout(log), redirect_stderr(log):
+            yield
 
 
 def ndcg_of(folder, rows):
@@ -493,6 +489,13 @@ def ndcg_of(folder, rows):
     scores = model.predict(pairs, show_progress_bar=False, activation_fn=torch.nn.Identity())
     lists = product.candidate_lists([row["query"] for row in rows], labels)["ndcg@10"]
     return product.metric_values("ndcg@10", lists, labels, scores.astype(float)).tolist()
+
+
+def write_json(path, content):
+    """Write a file that is there whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content))
+    part.replace(path)
 
 
 def train_run(run, options):
@@ -513,7 +516,7 @@ def train_run(run, options):
         if (job.folder / "third").exists():
             shutil.copytree(job.folder / "third", kept / "third")
         found = {"seconds": seconds, "ndcg": ndcg_of(folder, dev)}
-    (kept / "dev.json").write_text(json.dumps(found))
+    write_json(kept / "dev.json", found)
     return run
 
 
@@ -524,7 +527,7 @@ def test_run(run, part, options):
     if not path.exists():
         with one_thread(options.runs):
             rows = rows_to_test_on(options.data, run.collection)
-            path.write_text(json.dumps(ndcg_of(kept / part, rows)))
+            write_json(path, ndcg_of(kept / part, rows))
         shutil.rmtree(kept / part)
     return np.array(json.loads(path.read_text()))
 
@@ -547,7 +550,7 @@ class Bench:
     def __init__(self, options):
         self.options = options
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(options.processes, context)
+        self.pool = ProcessPoolExecutor(2, context)
 
     def train(self, runs):
         """Do these runs."""
@@ -703,7 +706,6 @@ def main():
     parser.add_argument("--contenders", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--first", action="store_true", help="ours and a peer on XQuAD-zh alone")
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no")
-    parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"  # of the processes that it starts
     options.runs = options.runs.resolve() / options.mixed_precision
