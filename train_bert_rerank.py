@@ -2550,6 +2550,21 @@ class RerankDataset:
         return candidate_lists(queries, labels, self.args["metric_for_best_model"])
 
     @cached_property
+    def query_of_row(self):
+        """The number of the query [N] of each row, of Q from 0 on."""
+        _, query_of_row = np.unique(self.rows["query"], return_inverse=True)
+        return query_of_row
+
+    @cached_property
+    def list_sizes(self):
+        """How many rows each query [Q] has; 0 where a listwise loss learns nothing of them: one
+        alone, or none that is relevant."""
+        sizes = np.bincount(self.query_of_row)
+        relevant = np.bincount(self.query_of_row, self.labels.numpy() > 0)
+        sizes[(sizes < 2) | (relevant == 0)] = 0
+        return sizes
+
+    @cached_property
     def retrieved(self):
         """The rows that have the retriever's score; None where none has."""
         rows = np.flatnonzero(~np.isnan(self.rows["score"]))
@@ -2596,11 +2611,16 @@ def tokens_in(cache):
 # A window holds the samples of one optimizer step. Inside it their order does not matter to the
 # gradient, so they are sorted by length and cut into micro-batches, each padded to its longest,
 # that waste little on padding.
-def epoch_windows(count, samples_per_step, generator):
+def epoch_windows(count, samples_per_step, generator, query_of_row=None):
     """An epoch's windows, each the row numbers of an optimizer step: a new random permutation of
-    `count`, in pieces."""
-    permutation = torch.randperm(count, generator=generator)
-    return [window.numpy() for window in permutation.split(min(count, samples_per_step))]
+    `count`, in pieces. With `query_of_row` [count] that of the queries, each with its rows, in an
+    order of their own, lest a window's end cut the same ones off each time."""
+    rows = torch.randperm(count, generator=generator)
+    if query_of_row is not None:
+        place_of_query = torch.randperm(query_of_row.max() + 1, generator=generator)
+        places = place_of_query[torch.from_numpy(query_of_row)[rows]]
+        rows = rows[places.argsort(stable=True)]
+    return [window.numpy() for window in rows.split(min(count, samples_per_step))]
 
 
 class Cut(NamedTuple):
@@ -3427,6 +3447,8 @@ def prepare(args, run_dir, checkpoint_folder):
         train_data = RerankDataset(train_rows, paths, "train", model, args)
         eval_data = RerankDataset(eval_rows, paths, "eval", model, args)
     record["language"] = language_of(query for query, _ in islice(train_data.pairs(), 500))
+    if args["epochs"] and args["listwise_weight"]:
+        require_lists(train_data, identity["samples of a step"])
     metric = choose_metric(eval_data, args)
     if metric:
         mention_retriever(eval_data, metric)
@@ -3771,6 +3793,40 @@ def make_optimizer(model, args):
         {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=args["lr"], betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def require_lists(train_data, samples_per_step):
+    """Say how many lists the listwise loss will learn from; UserError where it can from none."""
+    sizes = train_data.list_sizes
+    count = (sizes > 0).sum()
+    if not count:
+        raise UserError(
+            "listwise_weight has nothing to weigh: no query of the train data has several rows, one "
+            "of them relevant. Set it to 0.",
+            2,
+        )
+    smallest = sizes[sizes > 0].min()
+    if smallest > samples_per_step:
+        raise UserError(
+            f"listwise_weight has nothing to weigh: the smallest list has {smallest} rows, an "
+            f"optimizer step {samples_per_step}. Raise batch_size, or set listwise_weight to 0.",
+            2,
+        )
+
+    # The lists of the first epoch, one after the other.
+    generator = torch.Generator().manual_seed(train_data.args["seed"])
+    query_of_row = train_data.query_of_row
+    windows = epoch_windows(len(train_data), samples_per_step, generator, query_of_row)
+    queries = query_of_row[np.concatenate(windows)]
+    first = np.flatnonzero(np.diff(queries, prepend=-1))
+    size = sizes[queries[first]]
+    last = first + size - 1
+    is_whole = (size > 0) & (first // samples_per_step == last // samples_per_step)
+    advice = "" if is_whole.sum() == count else "; a larger batch_size takes in more"
+    say(
+        f"The listwise loss takes the lists that are whole in a step of {samples_per_step} rows, in "
+        f"the first epoch {is_whole.sum()} of {count}{advice}."
+    )
 
 
 def first_progress(train_data):
@@ -4226,25 +4282,77 @@ class WindowResult:
     last_loss: torch.Tensor | None  # of the last micro-batch, whose backward is still to come
 
 
-def forward_backward(run, micro_batches, window_size):
+def whole_lists(run, window):
+    """The lists that the listwise loss learns from in a `window` (row numbers), index arrays into
+    it: those of which it has all rows; none where that loss has no weight."""
+    lists = []
+    if not run.args["listwise_weight"]:
+        return lists
+    dataset = run.train_data
+    query_of_row = dataset.query_of_row[window]
+    for query in np.unique(query_of_row):
+        indices = np.flatnonzero(query_of_row == query)
+        if len(indices) == dataset.list_sizes[query]:
+            lists.append(indices)
+    return lists
+
+
+def listwise_loss(logits, labels, lists):
+    """Mean over `lists`, index arrays into logits [N] and labels [N], of the cross-entropy between
+    the softmax of a list's logits and its labels, divided by their sum (ListNet, Cao et al. 2007).
+
+    Of three rows with equal logits and the labels 1, 0, 0 it is log 3."""
+    losses = []
+    for indices in lists:
+        shares = labels[indices] / labels[indices].sum()
+        losses.append(torch.nn.functional.cross_entropy(logits[indices], shares))
+    return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def logits_of_window(run, window, micro_batches):
+    """Logits [N] of a window's rows in `micro_batches`, index arrays into it, and 0 of others."""
+    dataset = run.train_data
+    parts = []
+    for indices in micro_batches:
+        batch = run.model.collate([dataset[row] for row in window[indices]])
+        parts.append(run.wrapped(batch)["logits"].flatten())
+    return in_order_of_rows(len(window), micro_batches, parts, run.accelerator.device)
+
+
+def list_loss_and_gradient(run, window, lists, logits):
+    """The listwise loss of a window's `lists`, times its weight, and its gradient [N] with respect
+    to the window's `logits` [N]."""
+    logits = logits.cpu().requires_grad_()
+    loss = listwise_loss(logits, run.train_data.labels[window], lists)
+    loss = run.args["listwise_weight"] * loss
+    [gradient] = torch.autograd.grad(loss, logits)
+    return loss.detach().to(run.accelerator.device), gradient.to(run.accelerator.device)
+
+
+def forward_backward(run, micro_batches, window_size, list_gradients=()):
     """Forward and backward passes over micro-batches (row numbers) of a window of `window_size`
     samples, of the mean BCE over all of it; the last backward, for which the processes wait for
-    each other, is left to the caller."""
+    each other, is left to the caller. `list_gradients`, those of a listwise loss with respect to
+    the logits [B] of each micro-batch, are passed back with it."""
     is_idle = not micro_batches
     if is_idle:  # DDP needs a backward of every process: a row that weighs nothing
         micro_batches = [np.array([0])]
 
     dataset, accelerator = run.train_data, run.accelerator
     losses, probabilities = [], []
-    for number, rows in enumerate(micro_batches, start=1):
+    for number, rows in enumerate(micro_batches):
         batch = run.model.collate([dataset[row] for row in rows])
         weight = 0.0 if is_idle else len(rows) / window_size
         with accelerator.no_sync(run.wrapped):
             output = run.wrapped(batch, dataset.labels[rows])
             loss = output["loss"] * weight
-            if number < len(micro_batches):
+            losses.append(loss.detach())
+            if list_gradients:
+                # Its gradient is the one wanted.
+                loss = loss + (output["logits"].flatten() * list_gradients[number]).sum()
+            if number + 1 < len(micro_batches):
                 accelerator.backward(loss * accelerator.num_processes)
-        losses.append(loss.detach())
         probabilities.append(output["logits"].detach().sigmoid().flatten())
 
     rows = np.concatenate(micro_batches)
@@ -4272,32 +4380,70 @@ def unless_out_of_memory(function, *arguments):
         return None, False
 
 
+def all_unless_out_of_memory(accelerator, function, *arguments):
+    """(what `function` returns, True), or (None, False) where memory ran out in any process: all go
+    on, or none."""
+    result, is_done = unless_out_of_memory(function, *arguments)
+    if any_process(accelerator, not is_done):
+        return None, False
+    return result, True
+
+
+def try_window(run, window, micro_batches, seed):
+    """Backpropagate a `window` (row numbers) in this process's `micro_batches`, index arrays into
+    it, dropping out as `seed` says: a WindowResult, None where any process runs out of memory, but
+    not where they wait for each other already.
+
+    A listwise loss takes the rows of a list together, which need not stand in one micro-batch or
+    process. So all logits come first, in passes that keep no activations, and give the gradient
+    with respect to each logit, which the same passes, with the same dropout, then take back (Gao et
+    al. 2021)."""
+    accelerator = run.accelerator
+    lists = whole_lists(run, window)
+    list_loss, list_gradients = 0.0, []
+    if lists:
+        torch.manual_seed(seed)
+        logits, is_done = all_unless_out_of_memory(
+            accelerator, logits_of_window, run, window, micro_batches
+        )
+        if not is_done:
+            return None
+        logits = accelerator.reduce(logits, "sum")
+        list_loss, gradient = list_loss_and_gradient(run, window, lists, logits)
+        list_gradients = [gradient[indices] for indices in micro_batches]
+
+    torch.manual_seed(seed)
+    rows = [window[indices] for indices in micro_batches]
+    result, is_done = all_unless_out_of_memory(
+        accelerator, forward_backward, run, rows, len(window), list_gradients
+    )
+    if is_done and accelerator.num_processes > 1:
+        # Out of memory here, where others wait in vain, ends the run.
+        last_backward(run, result)
+    elif is_done:
+        _, is_done = unless_out_of_memory(last_backward, run, result)
+    if not is_done:
+        return None
+    result.loss += list_loss / accelerator.num_processes
+    return result
+
+
 def train_window(run, window, seed):
-    """Backpropagate a `window` (row numbers) in micro-batches of at most progress.max_tokens padded
-    tokens, dropping out as `seed` says: a WindowResult. Where any process runs out of memory, all
-    halve the bound and do the window again, but not where they wait for each other already."""
+    """try_window() in micro-batches of at most progress.max_tokens padded tokens: a WindowResult.
+    Where any process runs out of memory, all halve the bound and do the window again."""
     accelerator, progress = run.accelerator, run.progress
     lengths = run.train_data.lengths[window]
     batch_cost = run.record["micro_batch_cost"]
     run.model.train()
     while True:
-        torch.manual_seed(seed)
         plan = plan_window(lengths, progress.max_tokens, batch_cost, accelerator.num_processes)
-        micro_batches = [window[indices] for indices in plan[accelerator.process_index]]
-        result, is_done = unless_out_of_memory(forward_backward, run, micro_batches, len(window))
-        is_done = not any_process(accelerator, not is_done)  # all go on, or none
-        if is_done and accelerator.num_processes > 1:
-            # Out of memory here, where others wait in vain, ends the run.
-            last_backward(run, result)
-        elif is_done:
-            _, is_done = unless_out_of_memory(last_backward, run, result)
-        if is_done:
+        result = try_window(run, window, plan[accelerator.process_index], seed)
+        if result is not None:
             return result
 
         if progress.max_tokens <= lengths.max():
             raise UserError(no_room_for_a_pair(progress.max_tokens, lengths.max()))
         progress.max_tokens //= 2
-        result = None  # and with it the activations
         run.wrapped.zero_grad()
         release_memory()
 
@@ -4458,12 +4604,15 @@ def set_weights(model, weights, base_interpolation):
 
 
 def windows_from(run, first_step):
-    """Yield the windows of the steps from `first_step` on, one permutation of the train rows after
-    the other."""
+    """Yield the windows of the steps from `first_step` on, one permutation of the train rows, or
+    of queries where the loss takes lists, after the other."""
     generator = torch.Generator().manual_seed(run.args["seed"])
+    dataset = run.train_data
+    query_of_row = dataset.query_of_row if run.args["listwise_weight"] else None
     step = 0
     for _ in range(run.args["epochs"]):
-        for window in epoch_windows(len(run.train_data), run.samples_per_step, generator):
+        windows = epoch_windows(len(dataset), run.samples_per_step, generator, query_of_row)
+        for window in windows:
             step += 1
             if step >= first_step:
                 yield window
@@ -4533,12 +4682,15 @@ def warn_if_nothing_is_learnt(run):
         return
 
     loss = np.average(losses[is_finite], weights=sizes[is_finite])
-    labels = run.train_data.labels
-    labels_seen = labels[np.concatenate(windows)]
-    bce = torch.nn.functional.binary_cross_entropy
-    of_constant = bce(labels.mean().expand_as(labels_seen), labels_seen).item()
-    # Soft labels, which are no 0 and 1, leave a loss to the best of models too: their entropy.
-    to_gain = of_constant - bce(labels_seen, labels_seen).item()
+    mean_label = run.train_data.labels.mean()
+    constant_losses, best_losses = [], []
+    for window in windows:
+        labels = run.train_data.labels[window]
+        constant_losses.append(loss_of(run, window, mean_label.expand_as(labels)))
+        # Soft labels, which are no 0 and 1, leave a loss to the best of models too: their entropy.
+        best_losses.append(loss_of(run, window, labels))
+    of_constant = np.average(constant_losses, weights=sizes)
+    to_gain = of_constant - np.average(best_losses, weights=sizes)
     if to_gain > 1e-4 and of_constant - loss < 0.03 * to_gain:  # labels all alike teach nothing
         say(
             f"Warning: after {step} of {run.total_steps} steps the loss, {loss:.4f}, is not clearly "
@@ -4546,6 +4698,18 @@ def warn_if_nothing_is_learnt(run):
             f"evaluations do not rise either, try a higher lr than {run.args['lr']}, more epochs, "
             "fewer irrelevant rows for each relevant one, or a base with a trained head."
         )
+
+
+def loss_of(run, window, probabilities):
+    """The loss of a `window` whose rows have these `probabilities` [N]."""
+    labels = run.train_data.labels[window]
+    loss = torch.nn.functional.binary_cross_entropy(probabilities, labels).item()
+    lists = whole_lists(run, window)
+    if lists:
+        # The softmax of their logarithms is their share of a list's sum.
+        logits = probabilities.clamp(min=1e-30).log()
+        loss += run.args["listwise_weight"] * listwise_loss(logits, labels, lists).item()
+    return loss
 
 
 def stop_with_checkpoint(run):
@@ -5802,6 +5966,7 @@ def main():
         "gradient_checkpointing": False,  # bool: compute activations again rather than keep them: slower, less memory
         "freeze_embeddings": False,  # bool: do not train the word embeddings, nearly half of bge-reranker-large
         "warmup_proportion": 0.1,  # float 0..1: share of the steps in which the learning rate rises
+        "listwise_weight": 0.0,  # float 0..: weight of a softmax loss over each query's rows, beside BCE; 0: none
         "weight_decay": 0.01,  # float 0..: of AdamW, not on biases and LayerNorm
         "max_grad_norm": 1.0,  # float 0..: gradients are clipped to this norm; 0: never
         "eval_steps": None,  # int 1.. | None: evaluate every so many optimizer steps; None: at the end of each epoch

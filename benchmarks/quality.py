@@ -44,7 +44,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from default_run import ROOT, read, write_rows
-from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 sys.path.insert(0, str(ROOT))
 import train_bert_rerank as product  # noqa: E402
@@ -199,7 +199,7 @@ class Job:
 
 
 # ---- Ours ----------------------------------------------------------------------------------------
-def ours(job, replacements=(), evaluates=False):
+def ours(job, replacements=(), evaluates=False, listwise_weight=0.0):
     """The script, with some of its functions replaced: {name: function that makes it of the job}.
     Leaves the model of a third of the steps, as well as the last one."""
     train_step = product.train_step
@@ -222,6 +222,7 @@ def ours(job, replacements=(), evaluates=False):
         "batch_size": SAMPLES,
         "gradient_accumulation_steps": 1,
         "warmup_proportion": WARMUP,
+        "listwise_weight": listwise_weight,
         "weight_decay": WEIGHT_DECAY,
         "seed": job.run.seed,
         "mixed_precision": job.mixed_precision,
@@ -263,9 +264,9 @@ def whole_queries(job):
     return epoch_windows
 
 
-def with_list_loss(list_loss, weight, job):
-    """forward_backward() of a window in one micro-batch, of BCE + weight * the mean of `list_loss`
-    over its lists."""
+def with_pairwise_loss(weight, job):
+    """forward_backward() of a window in one micro-batch, of BCE + weight * the mean of
+    pairwise_loss() over its lists."""
     queries = np.repeat(np.arange(len(job.lists)), len(job.lists[0]))
 
     def forward_backward(run, micro_batches, _):
@@ -276,16 +277,50 @@ def with_list_loss(list_loss, weight, job):
         losses = []
         for query in np.unique(queries[rows]):
             is_of_query = torch.from_numpy(queries[rows] == query)
-            losses.append(list_loss(logits[is_of_query], labels[is_of_query].float()))
+            losses.append(pairwise_loss(logits[is_of_query], labels[is_of_query].float()))
         loss = output["loss"] + weight * torch.stack(losses).mean()
         return product.WindowResult(rows, logits.detach().sigmoid(), loss.detach(), loss)
 
     return forward_backward
 
 
-def softmax_loss(logits, labels):
-    """Cross-entropy of a list's softmax and its labels, normalised (ListNet, Cao et al. 2007)."""
-    return -(labels / labels.sum() * log_softmax(logits, 0)).sum()
+class ScaledAdamW(torch.optim.AdamW):
+    """AdamW whose groups each have a `scale`, by which the learning rate is multiplied."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["lr"] *= group["scale"]
+        return super().step(closure)
+
+
+def scaled_optimizer(scale_of, _):
+    """make_optimizer() of a learning rate that scale_of(name of a weight, layers) scales."""
+
+    def make_optimizer(model, args):
+        groups = []
+        for name, weight in model.named_parameters():
+            scale = scale_of(name, model.model.config.num_hidden_layers)
+            decay = args["weight_decay"] if weight.ndim > 1 else 0.0
+            groups.append({"params": [weight], "weight_decay": decay, "scale": scale})
+        return ScaledAdamW(groups, lr=args["lr"], betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+    return make_optimizer
+
+
+def faster_head(name, _):
+    """Ten times the learning rate for the head."""
+    return 10.0 if ".classifier." in f".{name}" else 1.0
+
+
+def by_depth(name, layers):
+    """A tenth less of a learning rate for each layer further from the head (ULMFiT, Howard and
+    Ruder 2018)."""
+    depth = layers  # of the pooler and the head
+    if ".layer." in name:
+        depth = int(name.split(".layer.")[1].split(".")[0])
+    elif ".embeddings." in name:
+        depth = -1
+    return 0.9 ** (layers - depth)
 
 
 def pairwise_loss(logits, labels):
@@ -445,6 +480,14 @@ STARTS = {
     "ours, without a shift": partial(ours, replacements={"fit_bias": no_shift}),
     "ours, any shift": partial(ours, replacements={"fit_bias": any_shift}),
 }
+IDEAS = {  # of the peers and papers
+    "ours, head at 10 lr": partial(
+        ours, replacements={"make_optimizer": partial(scaled_optimizer, faster_head)}
+    ),
+    "ours, lr by depth": partial(
+        ours, replacements={"make_optimizer": partial(scaled_optimizer, by_depth)}
+    ),
+}
 PEERS = {
     "sentence-transformers, LambdaLoss": partial(sentence_transformers, make_loss=lambda_loss),
     "sentence-transformers, ListNet": partial(sentence_transformers, make_loss=list_net),
@@ -455,19 +498,19 @@ PEERS = {
     "FlagEmbedding": flag_embedding,
     "plain loop": plain_loop,
 }
-LIST_LOSSES = {"ours, + softmax": softmax_loss, "ours, + pairwise": pairwise_loss}
-
-CONTENDERS: dict[str, Callable] = {**OURS, **STARTS, **PEERS}
+CONTENDERS: dict[str, Callable] = {**OURS, **STARTS, **IDEAS, **PEERS}
 # {name: contenders of which the best is taken}: the learning rate is chosen with the first of them.
-FAMILIES = {name: [name] for name in (*OURS, *PEERS)}
-for family, list_loss in LIST_LOSSES.items():
-    FAMILIES[family] = []
-    for loss_weight in (1, 0.3, 3):
-        name = family.replace("+", f"+ {loss_weight}")
-        with_loss = partial(with_list_loss, list_loss, loss_weight)
-        replacements = {"epoch_windows": whole_queries, "forward_backward": with_loss}
-        CONTENDERS[name] = partial(ours, replacements=replacements)
-        FAMILIES[family].append(name)
+FAMILIES = {name: [name] for name in (*OURS, *IDEAS, *PEERS)}
+FAMILIES.update({"ours, + softmax": [], "ours, + pairwise": []})
+for loss_weight in (1, 0.3, 3):
+    name = f"ours, + {loss_weight} softmax"
+    CONTENDERS[name] = partial(ours, listwise_weight=loss_weight)
+    FAMILIES["ours, + softmax"].append(name)
+    name = f"ours, + {loss_weight} pairwise"
+    with_loss = partial(with_pairwise_loss, loss_weight)
+    replacements = {"epoch_windows": whole_queries, "forward_backward": with_loss}
+    CONTENDERS[name] = partial(ours, replacements=replacements)
+    FAMILIES["ours, + pairwise"].append(name)
 
 
 # ---- Runs ----------------------------------------------------------------------------------------

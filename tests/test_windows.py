@@ -83,6 +83,41 @@ def test_a_window_is_consecutive_in_the_random_permutation_and_each_epoch_has_it
     assert epochs[0] != epochs[1]
 
 
+def epochs_by_query(queries, samples_per_step, count=2):
+    """The first `count` epochs' windows with the rows of each query together, as lists of row numbers."""
+    order = torch.Generator().manual_seed(9)
+    epochs = []
+    for _ in range(count):
+        windows = epoch_windows(len(queries), samples_per_step, order, np.array(queries))
+        epochs.append([window.tolist() for window in windows])
+    return epochs
+
+
+def test_by_query_its_rows_stay_together_wherever_they_stand_in_the_file():
+    queries = GENERATOR.permutation(np.repeat(np.arange(40), GENERATOR.integers(1, 9, 40)))
+    for windows in epochs_by_query(queries, 16):
+        assert [len(window) for window in windows[:-1]] == [16] * (len(windows) - 1)
+        rows = [row for window in windows for row in window]
+        assert sorted(rows) == list(range(len(queries)))
+        assert len(list(itertools.groupby(queries[rows]))) == 40  # each begins once
+
+
+def test_by_query_these_and_the_rows_of_each_come_in_another_order_in_each_epoch():
+    queries = np.repeat(np.arange(40), 8)
+    first, second = ([row for window in windows for row in window] for windows in epochs_by_query(queries, 16))
+    assert queries[first].tolist() != queries[second].tolist()
+
+    # No place of a list comes first more often, so that a window's end cuts no kind of rows off.
+    places = [windows[0][0] % 8 for windows in epochs_by_query(queries, 16, 400)]
+    assert np.bincount(places, minlength=8) == pytest.approx(np.full(8, 50), abs=30)
+
+
+def test_by_query_those_of_one_row_each_are_permuted_evenly():
+    """Each row comes first about as often as any other: of 4,000 epochs of five rows 800 times."""
+    first = [windows[0][0] for windows in epochs_by_query(range(5), 5, 4000)]
+    assert np.bincount(first) == pytest.approx(np.full(5, 800), abs=120)
+
+
 def test_a_window_smaller_than_the_number_of_processes_leaves_some_without_work():
     plan = plan_window(np.array([7, 9]), max_tokens=1024, batch_cost=16, num_processes=4)
     assert sorted(len(mine) for mine in plan) == [0, 0, 1, 1]
