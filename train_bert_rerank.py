@@ -840,8 +840,9 @@ def find_ended_run(args, run_dir):
         return None
     if args["resume_from_checkpoint"] != "latest" or checkpoints_in(run_dir):
         return None
+    before = json.loads(ended.read_text("utf-8"))["args"]
     settings = {key: value for key, value in args.items() if key not in NEUTRAL}
-    is_same_run = not changes(json.loads(ended.read_text("utf-8"))["args"], settings)
+    is_same_run = settings.keys() <= before.keys() and not changes(before, settings)
     return ended if is_same_run else None
 
 
@@ -2550,21 +2551,6 @@ class RerankDataset:
         return candidate_lists(queries, labels, self.args["metric_for_best_model"])
 
     @cached_property
-    def query_of_row(self):
-        """The number of the query [N] of each row, of Q from 0 on."""
-        _, query_of_row = np.unique(self.rows["query"], return_inverse=True)
-        return query_of_row
-
-    @cached_property
-    def list_sizes(self):
-        """How many rows each query [Q] has; 0 where a listwise loss learns nothing of them: one
-        alone, or none that is relevant."""
-        sizes = np.bincount(self.query_of_row)
-        relevant = np.bincount(self.query_of_row, self.labels.numpy() > 0)
-        sizes[(sizes < 2) | (relevant == 0)] = 0
-        return sizes
-
-    @cached_property
     def retrieved(self):
         """The rows that have the retriever's score; None where none has."""
         rows = np.flatnonzero(~np.isnan(self.rows["score"]))
@@ -2613,14 +2599,47 @@ def tokens_in(cache):
 # that waste little on padding.
 def epoch_windows(count, samples_per_step, generator, query_of_row=None):
     """An epoch's windows, each the row numbers of an optimizer step: a new random permutation of
-    `count`, in pieces. With `query_of_row` [count] that of the queries, each with its rows, in an
-    order of their own, lest a window's end cut the same ones off each time."""
+    `count`, in pieces. With `query_of_row` [count], numbers from 0 on, the rows of each query stand
+    together, in a random order too, lest a window's end cut the same ones off each time."""
     rows = torch.randperm(count, generator=generator)
     if query_of_row is not None:
         place_of_query = torch.randperm(query_of_row.max() + 1, generator=generator)
         places = place_of_query[torch.from_numpy(query_of_row)[rows]]
         rows = rows[places.argsort(stable=True)]
     return [window.numpy() for window in rows.split(min(count, samples_per_step))]
+
+
+class TrainLists:
+    """The lists of the train rows that a listwise loss may learn from: all rows of a query, if
+    there are two or more, one of them with a label above `min_label`."""
+
+    def __init__(self, rows, min_label):
+        _, self.query_of_row = np.unique(rows["query"], return_inverse=True)
+        self.sizes = np.bincount(self.query_of_row)  # of each query
+        relevant = np.bincount(self.query_of_row, rows["label"] > min_label)
+        self.teaches = (self.sizes > 1) & (relevant > 0)
+
+    def whole_in(self, window):
+        """The lists of which a `window` (row numbers) has all rows, index arrays into it."""
+        query_of_row = self.query_of_row[window]
+        lists = []
+        for query in np.unique(query_of_row):
+            indices = np.flatnonzero(query_of_row == query)
+            if self.teaches[query] and len(indices) == self.sizes[query]:
+                lists.append(indices)
+        return lists
+
+    def count_whole(self, samples_per_step, seed):
+        """How many are whole in a window of the first epoch."""
+        generator = torch.Generator().manual_seed(seed)
+        count = len(self.query_of_row)
+        windows = epoch_windows(count, samples_per_step, generator, self.query_of_row)
+        queries = self.query_of_row[np.concatenate(windows)]
+        first = np.flatnonzero(np.diff(queries, prepend=-1))  # where each list begins
+        query_of_list = queries[first]
+        last = first + self.sizes[query_of_list] - 1
+        is_whole = first // samples_per_step == last // samples_per_step
+        return (is_whole & self.teaches[query_of_list]).sum()
 
 
 class Cut(NamedTuple):
@@ -3318,6 +3337,7 @@ class Run:
     wrapped: torch.nn.Module  # the model as it is trained: in DDP where there are several processes
     optimizer: torch.optim.Optimizer
     train_data: RerankDataset
+    lists: TrainLists | None  # of the train rows; None: the loss takes none
     eval_data: RerankDataset | None  # None: nothing can be measured
     metric: str | None  # of METRICS, by which weights are compared
     progress: Progress
@@ -3345,6 +3365,10 @@ class Run:
     def total_steps(self):
         """Optimizer steps of the whole run."""
         return self.args["epochs"] * self.steps_per_epoch
+
+    def lists_in(self, window):
+        """The lists that the loss takes of a `window` (row numbers), index arrays into it."""
+        return self.lists.whole_in(window) if self.lists else []
 
     def epoch_of(self, step):
         """The epoch, from 1 on, that a step is in; 0 of step 0."""
@@ -3441,14 +3465,13 @@ def prepare(args, run_dir, checkpoint_folder):
     checkpoint = None
     if checkpoint_folder:
         checkpoint = load_checkpoint(checkpoint_folder, args, identity, record)
+    lists = lists_for_loss(train_rows, args, identity["samples of a step"])
 
     # The first process of a machine writes the token ids that the others then find.
     with PartialState().local_main_process_first():
         train_data = RerankDataset(train_rows, paths, "train", model, args)
         eval_data = RerankDataset(eval_rows, paths, "eval", model, args)
     record["language"] = language_of(query for query, _ in islice(train_data.pairs(), 500))
-    if args["epochs"] and args["listwise_weight"]:
-        require_lists(train_data, identity["samples of a step"])
     metric = choose_metric(eval_data, args)
     if metric:
         mention_retriever(eval_data, metric)
@@ -3476,6 +3499,7 @@ def prepare(args, run_dir, checkpoint_folder):
         wrapped=wrapped,
         optimizer=optimizer,
         train_data=train_data,
+        lists=lists,
         eval_data=eval_data if metric else None,
         metric=metric,
         progress=checkpoint.progress if checkpoint else first_progress(train_data),
@@ -3795,38 +3819,32 @@ def make_optimizer(model, args):
     return torch.optim.AdamW(groups, lr=args["lr"], betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
-def require_lists(train_data, samples_per_step):
-    """Say how many lists the listwise loss will learn from; UserError where it can from none."""
-    sizes = train_data.list_sizes
-    count = (sizes > 0).sum()
-    if not count:
+def lists_for_loss(rows, args, samples_per_step):
+    """The TrainLists of the train rows, whose number is said; None where the loss takes none.
+    UserError where there is none to take."""
+    if not args["listwise_weight"] or not args["epochs"]:
+        return None
+    lists = TrainLists(rows, args["min_label"])
+    sizes = lists.sizes[lists.teaches]
+    if not len(sizes):
         raise UserError(
-            "listwise_weight has nothing to weigh: no query of the train data has several rows, one "
-            "of them relevant. Set it to 0.",
+            "listwise_weight has nothing to weigh: no query of the train data has two rows or more, "
+            "one of them with a label above min_label. Set it to 0.",
             2,
         )
-    smallest = sizes[sizes > 0].min()
-    if smallest > samples_per_step:
+    if sizes.min() > samples_per_step:
         raise UserError(
-            f"listwise_weight has nothing to weigh: the smallest list has {smallest} rows, an "
+            f"listwise_weight has nothing to weigh: the smallest list has {sizes.min()} rows, an "
             f"optimizer step {samples_per_step}. Raise batch_size, or set listwise_weight to 0.",
             2,
         )
-
-    # The lists of the first epoch, one after the other.
-    generator = torch.Generator().manual_seed(train_data.args["seed"])
-    query_of_row = train_data.query_of_row
-    windows = epoch_windows(len(train_data), samples_per_step, generator, query_of_row)
-    queries = query_of_row[np.concatenate(windows)]
-    first = np.flatnonzero(np.diff(queries, prepend=-1))
-    size = sizes[queries[first]]
-    last = first + size - 1
-    is_whole = (size > 0) & (first // samples_per_step == last // samples_per_step)
-    advice = "" if is_whole.sum() == count else "; a larger batch_size takes in more"
+    whole = lists.count_whole(samples_per_step, args["seed"])
+    advice = "" if whole == len(sizes) else "; a larger batch_size takes in more"
     say(
         f"The listwise loss takes the lists that are whole in a step of {samples_per_step} rows, in "
-        f"the first epoch {is_whole.sum()} of {count}{advice}."
+        f"the first epoch {whole} of {len(sizes)}{advice}."
     )
+    return lists
 
 
 def first_progress(train_data):
@@ -4186,6 +4204,9 @@ def load_checkpoint(folder, args, identity, record):
     tell of. Says what differs otherwise."""
     try:
         state = torch.load(folder / "state.pt", "cpu", weights_only=True)
+        new_settings = args.keys() - state["args"].keys()
+        if new_settings:
+            raise ValueError(f"it is older than {', '.join(sorted(new_settings))}")
         candidates = [Candidate(**candidate) for candidate in state["progress"]["candidates"]]
         progress = Progress(**{**state.pop("progress"), "candidates": candidates})
         best_weights = None
@@ -4278,28 +4299,13 @@ class WindowResult:
 
     rows: np.ndarray  # [M] numbers of its train rows
     probabilities: torch.Tensor  # [M]
-    loss: torch.Tensor  # its share of the window's mean loss
+    loss: torch.Tensor  # its share of the window's loss
     last_loss: torch.Tensor | None  # of the last micro-batch, whose backward is still to come
-
-
-def whole_lists(run, window):
-    """The lists that the listwise loss learns from in a `window` (row numbers), index arrays into
-    it: those of which it has all rows; none where that loss has no weight."""
-    lists = []
-    if not run.args["listwise_weight"]:
-        return lists
-    dataset = run.train_data
-    query_of_row = dataset.query_of_row[window]
-    for query in np.unique(query_of_row):
-        indices = np.flatnonzero(query_of_row == query)
-        if len(indices) == dataset.list_sizes[query]:
-            lists.append(indices)
-    return lists
 
 
 def listwise_loss(logits, labels, lists):
     """Mean over `lists`, index arrays into logits [N] and labels [N], of the cross-entropy between
-    the softmax of a list's logits and its labels, divided by their sum (ListNet, Cao et al. 2007).
+    the softmax of a list's logits and its labels, divided by their sum (Bruch et al. 2019).
 
     Of three rows with equal logits and the labels 1, 0, 0 it is log 3."""
     losses = []
@@ -4311,7 +4317,8 @@ def listwise_loss(logits, labels, lists):
 
 @torch.no_grad()
 def logits_of_window(run, window, micro_batches):
-    """Logits [N] of a window's rows in `micro_batches`, index arrays into it, and 0 of others."""
+    """Logits [N] of a window's rows in this process's `micro_batches`, index arrays into it; 0 of
+    the others."""
     dataset = run.train_data
     parts = []
     for indices in micro_batches:
@@ -4333,8 +4340,8 @@ def list_loss_and_gradient(run, window, lists, logits):
 def forward_backward(run, micro_batches, window_size, list_gradients=()):
     """Forward and backward passes over micro-batches (row numbers) of a window of `window_size`
     samples, of the mean BCE over all of it; the last backward, for which the processes wait for
-    each other, is left to the caller. `list_gradients`, those of a listwise loss with respect to
-    the logits [B] of each micro-batch, are passed back with it."""
+    each other, is left to the caller. `list_gradients`, of a listwise loss with respect to the
+    logits [B] of each micro-batch, are passed back too; empty where there is none."""
     is_idle = not micro_batches
     if is_idle:  # DDP needs a backward of every process: a row that weighs nothing
         micro_batches = [np.array([0])]
@@ -4349,7 +4356,7 @@ def forward_backward(run, micro_batches, window_size, list_gradients=()):
             loss = output["loss"] * weight
             losses.append(loss.detach())
             if list_gradients:
-                # Its gradient is the one wanted.
+                # A sum whose gradient with respect to each logit is the one given.
                 loss = loss + (output["logits"].flatten() * list_gradients[number]).sum()
             if number + 1 < len(micro_batches):
                 accelerator.backward(loss * accelerator.num_processes)
@@ -4391,15 +4398,14 @@ def all_unless_out_of_memory(accelerator, function, *arguments):
 
 def try_window(run, window, micro_batches, seed):
     """Backpropagate a `window` (row numbers) in this process's `micro_batches`, index arrays into
-    it, dropping out as `seed` says: a WindowResult, None where any process runs out of memory, but
-    not where they wait for each other already.
+    it, dropping out as `seed` says: a WindowResult, or None where any process ran out of memory.
 
-    A listwise loss takes the rows of a list together, which need not stand in one micro-batch or
-    process. So all logits come first, in passes that keep no activations, and give the gradient
-    with respect to each logit, which the same passes, with the same dropout, then take back (Gao et
-    al. 2021)."""
+    A listwise loss takes the rows of a list together, which may stand in several micro-batches and
+    processes. So the logits of all come first, in passes that keep no activations. They give the
+    gradient with respect to each logit, which the same passes, with the same dropout, then pass
+    back (GradCache, Gao et al. 2021)."""
     accelerator = run.accelerator
-    lists = whole_lists(run, window)
+    lists = run.lists_in(window)
     list_loss, list_gradients = 0.0, []
     if lists:
         torch.manual_seed(seed)
@@ -4418,7 +4424,7 @@ def try_window(run, window, micro_batches, seed):
         accelerator, forward_backward, run, rows, len(window), list_gradients
     )
     if is_done and accelerator.num_processes > 1:
-        # Out of memory here, where others wait in vain, ends the run.
+        # Out of memory here, where the others wait already, ends the run.
         last_backward(run, result)
     elif is_done:
         _, is_done = unless_out_of_memory(last_backward, run, result)
@@ -4471,7 +4477,7 @@ def train_step(run, window):
     max_grad_norm = args["max_grad_norm"] or math.inf
     grad_norm = accelerator.clip_grad_norm_(run.wrapped.parameters(), max_grad_norm)
 
-    # The one wait for the device in a step.
+    # The one wait for the device in a step, but for that of a listwise loss.
     numbers = torch.cat([totals, grad_norm[None], result.probabilities]).cpu()
     loss, stop_requests, grad_norm = numbers[:3].tolist()
     probabilities = numbers[3:]
@@ -4607,12 +4613,11 @@ def windows_from(run, first_step):
     """Yield the windows of the steps from `first_step` on, one permutation of the train rows, or
     of queries where the loss takes lists, after the other."""
     generator = torch.Generator().manual_seed(run.args["seed"])
-    dataset = run.train_data
-    query_of_row = dataset.query_of_row if run.args["listwise_weight"] else None
+    count = len(run.train_data)
+    query_of_row = run.lists.query_of_row if run.lists else None
     step = 0
     for _ in range(run.args["epochs"]):
-        windows = epoch_windows(len(dataset), run.samples_per_step, generator, query_of_row)
-        for window in windows:
+        for window in epoch_windows(count, run.samples_per_step, generator, query_of_row):
             step += 1
             if step >= first_step:
                 yield window
@@ -4682,15 +4687,10 @@ def warn_if_nothing_is_learnt(run):
         return
 
     loss = np.average(losses[is_finite], weights=sizes[is_finite])
-    mean_label = run.train_data.labels.mean()
-    constant_losses, best_losses = [], []
-    for window in windows:
-        labels = run.train_data.labels[window]
-        constant_losses.append(loss_of(run, window, mean_label.expand_as(labels)))
-        # Soft labels, which are no 0 and 1, leave a loss to the best of models too: their entropy.
-        best_losses.append(loss_of(run, window, labels))
-    of_constant = np.average(constant_losses, weights=sizes)
-    to_gain = of_constant - np.average(best_losses, weights=sizes)
+    labels = run.train_data.labels
+    of_constant = loss_of(run, windows, labels.mean().expand_as(labels))
+    # Soft labels, which are no 0 and 1, leave a loss to the best of models too: their entropy.
+    to_gain = of_constant - loss_of(run, windows, labels)
     if to_gain > 1e-4 and of_constant - loss < 0.03 * to_gain:  # labels all alike teach nothing
         say(
             f"Warning: after {step} of {run.total_steps} steps the loss, {loss:.4f}, is not clearly "
@@ -4700,16 +4700,20 @@ def warn_if_nothing_is_learnt(run):
         )
 
 
-def loss_of(run, window, probabilities):
-    """The loss of a `window` whose rows have these `probabilities` [N]."""
-    labels = run.train_data.labels[window]
-    loss = torch.nn.functional.binary_cross_entropy(probabilities, labels).item()
-    lists = whole_lists(run, window)
-    if lists:
-        # The softmax of their logarithms is their share of a list's sum.
-        logits = probabilities.clamp(min=1e-30).log()
-        loss += run.args["listwise_weight"] * listwise_loss(logits, labels, lists).item()
-    return loss
+def loss_of(run, windows, probabilities):
+    """The mean loss of the rows of `windows`, where the train rows have `probabilities` [N]."""
+    labels = run.train_data.labels
+    logits = probabilities.clamp(min=1e-30).log()  # the softmax of which divides them by their sum
+    of_lists = 0.0
+    for window in windows:
+        lists = run.lists_in(window)
+        if lists:
+            loss = listwise_loss(logits[window], labels[window], lists).item()
+            of_lists += len(window) * loss
+
+    rows = np.concatenate(windows)
+    of_rows = torch.nn.functional.binary_cross_entropy(probabilities[rows], labels[rows]).item()
+    return of_rows + run.args["listwise_weight"] * of_lists / len(rows)
 
 
 def stop_with_checkpoint(run):
@@ -5960,13 +5964,13 @@ def main():
         "long_documents": None,  # "cut" | "best_passage" | None: what is scored of one that does not fit
         "epochs": 3,  # int 0..: passes over the training rows; 0: evaluate the model as it is, and no more
         "lr": 1e-5,  # float 0..: peak learning rate
+        "listwise_weight": 0.0,  # float 0..: weight of a softmax loss over each query's rows, beside BCE; 0: none
         "batch_size": 2,  # int 1..: batch_size * gradient_accumulation_steps * processes: samples of an optimizer step
         "gradient_accumulation_steps": 8,  # int 1..: the other factor of these; memory is bounded by the next setting
         "micro_batch_tokens": "auto",  # int 1.. | "auto" | None: tokens at once; auto: as fit; None: batch_size*max_len
         "gradient_checkpointing": False,  # bool: compute activations again rather than keep them: slower, less memory
         "freeze_embeddings": False,  # bool: do not train the word embeddings, nearly half of bge-reranker-large
         "warmup_proportion": 0.1,  # float 0..1: share of the steps in which the learning rate rises
-        "listwise_weight": 0.0,  # float 0..: weight of a softmax loss over each query's rows, beside BCE; 0: none
         "weight_decay": 0.01,  # float 0..: of AdamW, not on biases and LayerNorm
         "max_grad_norm": 1.0,  # float 0..: gradients are clipped to this norm; 0: never
         "eval_steps": None,  # int 1.. | None: evaluate every so many optimizer steps; None: at the end of each epoch

@@ -255,7 +255,7 @@ def whole_queries(job):
     queries = [product.fingerprints(row["query"], row["content"])[0] for row in job.rows]
     _, query_of_row = np.unique(queries, return_inverse=True)
 
-    def epoch_windows(count, samples_per_step, generator):
+    def epoch_windows(count, samples_per_step, generator, _):
         place_of_query = torch.randperm(len(job.lists), generator=generator).numpy()
         rows = torch.randperm(count, generator=generator).numpy()
         rows = rows[place_of_query[query_of_row[rows]].argsort(kind="stable")]
@@ -269,7 +269,7 @@ def with_pairwise_loss(weight, job):
     pairwise_loss() over its lists."""
     queries = np.repeat(np.arange(len(job.lists)), len(job.lists[0]))
 
-    def forward_backward(run, micro_batches, _):
+    def forward_backward(run, micro_batches, *_):
         rows = np.concatenate(micro_batches)
         labels = run.train_data.labels[rows]
         output = run.wrapped(run.model.collate([run.train_data[row] for row in rows]), labels)
