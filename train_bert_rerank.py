@@ -2610,14 +2610,17 @@ def epoch_windows(count, samples_per_step, generator, query_of_row=None):
 
 
 class TrainLists:
-    """The lists of the train rows that a listwise loss may learn from: all rows of a query, if
-    there are two or more, one of them with a label above `min_label`."""
+    """The lists of the train rows that a listwise loss learns from: all rows of a query, where
+    their labels differ and one is relevant, its label not below `middle`."""
 
-    def __init__(self, rows, min_label):
+    def __init__(self, rows, middle):
         _, self.query_of_row = np.unique(rows["query"], return_inverse=True)
         self.sizes = np.bincount(self.query_of_row)  # of each query
-        relevant = np.bincount(self.query_of_row, rows["label"] > min_label)
-        self.teaches = (self.sizes > 1) & (relevant > 0)
+        highest = np.full(len(self.sizes), -math.inf)
+        lowest = np.full(len(self.sizes), math.inf)
+        np.maximum.at(highest, self.query_of_row, rows["label"])
+        np.minimum.at(lowest, self.query_of_row, rows["label"])
+        self.teaches = (highest >= middle) & (lowest < highest)
 
     def whole_in(self, window):
         """The lists of which a `window` (row numbers) has all rows, index arrays into it."""
@@ -3824,12 +3827,12 @@ def lists_for_loss(rows, args, samples_per_step):
     UserError where there is none to take."""
     if not args["listwise_weight"] or not args["epochs"]:
         return None
-    lists = TrainLists(rows, args["min_label"])
+    lists = TrainLists(rows, (args["min_label"] + args["max_label"]) / 2)
     sizes = lists.sizes[lists.teaches]
     if not len(sizes):
         raise UserError(
-            "listwise_weight has nothing to weigh: no query of the train data has two rows or more, "
-            "one of them with a label above min_label. Set it to 0.",
+            "listwise_weight has nothing to weigh: no query of the train data has rows with "
+            "different labels, one of them relevant. Set it to 0.",
             2,
         )
     if sizes.min() > samples_per_step:
@@ -3839,11 +3842,17 @@ def lists_for_loss(rows, args, samples_per_step):
             2,
         )
     whole = lists.count_whole(samples_per_step, args["seed"])
-    advice = "" if whole == len(sizes) else "; a larger batch_size takes in more"
+    warning = "Warning: " if whole < len(sizes) / 2 else ""
     say(
-        f"The listwise loss takes the lists that are whole in a step of {samples_per_step} rows, in "
-        f"the first epoch {whole} of {len(sizes)}{advice}."
+        f"{warning}{len(sizes)} of {len(lists.sizes)} train queries have rows with different labels, "
+        f"one of them relevant. The listwise loss takes those that are whole in a step of "
+        f"{samples_per_step} rows, in the first epoch {whole}."
     )
+    if warning:
+        say(
+            f"The longest list has {sizes.max()} rows: a batch_size that makes a step several times "
+            "as long takes in most."
+        )
     return lists
 
 
@@ -5964,7 +5973,7 @@ def main():
         "long_documents": None,  # "cut" | "best_passage" | None: what is scored of one that does not fit
         "epochs": 3,  # int 0..: passes over the training rows; 0: evaluate the model as it is, and no more
         "lr": 1e-5,  # float 0..: peak learning rate
-        "listwise_weight": 0.0,  # float 0..: weight of a softmax loss over each query's rows, beside BCE; 0: none
+        "listwise_weight": 0.0,  # float 0..100: weight of a softmax loss over each query's rows, beside BCE; 0: none
         "batch_size": 2,  # int 1..: batch_size * gradient_accumulation_steps * processes: samples of an optimizer step
         "gradient_accumulation_steps": 8,  # int 1..: the other factor of these; memory is bounded by the next setting
         "micro_batch_tokens": "auto",  # int 1.. | "auto" | None: tokens at once; auto: as fit; None: batch_size*max_len

@@ -27,11 +27,13 @@ SIZES = (5, 1, 4, 2, 3, 6, 5, 9, 4, 3)  # of the lists; the one of nine is longe
 
 
 def list_rows():
-    """Lists of SIZES with graded labels 0 to 4, the third of them without a relevant row, their rows far apart."""
+    """Lists of SIZES with graded labels 0 to 4, three of them with nothing to order or without a relevant row, their
+    rows far apart."""
     rows = []
     for query, size in enumerate(SIZES):
         for place in range(size):
-            label = 0 if query == 2 else (3 * place + query + 1) % 5
+            label = (3 * place + query + 1) % 5
+            label = {2: 0, 6: 4, 8: label % 2}.get(query, label)
             text = "请看说明书。" * (1 + (5 * place + 3 * query) % 8)
             rows.append({"query": f"第{query}问怎么办", "content": f"{place}、{text}", "label": label})
     return sorted(rows, key=lambda row: row["content"])
@@ -59,12 +61,12 @@ def tiny_settings(without_dropout, tmp_path):  # noqa: F811
 def lists_of(rows, window):
     """The lists of a window that count, by the rule and with nothing of the script: {query: indices}."""
     sizes = Counter(row["query"] for row in rows)
-    relevant = {row["query"] for row in rows if row["label"] > 0}
+    labels = {query: {row["label"] for row in rows if row["query"] == query} for query in sizes}
     lists = {}
     for index, row in enumerate(rows[number] for number in window):
         lists.setdefault(row["query"], []).append(index)
     return {query: indices for query, indices in lists.items()
-            if len(indices) == sizes[query] > 1 and query in relevant}  # fmt: skip
+            if len(indices) == sizes[query] and len(labels[query]) > 1 and max(labels[query]) >= 2}  # fmt: skip
 
 
 def loss_of_one_batch(model, rows, window):
@@ -365,41 +367,51 @@ def test_the_loss_is_the_mean_over_lists_of_the_cross_entropy_of_their_softmax()
 
 
 def said_of_lists(capsys):
-    """(lists that are whole, lists, what else is said) of the first epoch."""
-    found = re.search(r"whole in a step of 8 rows, in\s+the first epoch (\d+) of (\d+)(.*)\.", capsys.readouterr().out)
-    return int(found[1]), int(found[2]), found[3]
+    """(queries with lists, queries, lists whole in the first epoch, whether it is a warning and its advice)."""
+    out = capsys.readouterr().out
+    said = r"(Warning: )?(\d+) of (\d+) train queries have .* whole in a step of 8 rows, in the first epoch (\d+)"
+    [(warning, *numbers)] = re.findall(said, out)
+    advice = re.search(r"The longest list has (\d+) rows: a batch_size that makes a step several times as long", out)
+    return *map(int, numbers), bool(warning), int(advice[1]) if advice else None
 
 
 def test_a_run_says_how_many_lists_are_whole_in_a_step(settings, large_batches, write_jsonl, capsys):
     train_bert_rerank.train(settings)
     whole = sum(len(lists) for _, _, lists, _ in large_batches[:6])
-    assert said_of_lists(capsys) == (whole, 8, "; a larger batch_size takes in more")
-    assert whole < 8
+    assert 3 <= whole < 6
+    assert said_of_lists(capsys) == (6, 10, whole, False, None)
 
     rows = [{"query": f"第{index // 4}问", "content": f"答{index}", "label": index % 2} for index in range(16)]
     train_bert_rerank.train({**settings, "train_dataset": write_jsonl("even.jsonl", rows), "max_label": 1, "epochs": 1})
-    assert said_of_lists(capsys) == (4, 4, "")
+    assert said_of_lists(capsys) == (4, 4, 4, False, None)
+
+    rows = [{"query": f"第{index // 7}问", "content": f"答{index}", "label": index % 2} for index in range(28)]
+    train_bert_rerank.train({**settings, "train_dataset": write_jsonl("few.jsonl", rows), "max_label": 1, "epochs": 1})
+    assert said_of_lists(capsys) == (4, 4, 1, True, 7)
+
+
+NOTHING = "no query of the train data has rows with different labels, one of them relevant. Set it to 0"
 
 
 @pytest.mark.parametrize(
-    ("sizes", "label", "message"),
-    [((1, 1, 1), 1, "no query of the train data has two rows or more, one of them with a label above min_label. Set it to 0"),
-     ((3, 3), 0, "no query of the train data has two rows or more, one of them with a label above min_label. Set it to 0"),
-     ((9, 12), 1, "the smallest list has 9 rows, an optimizer step 8. Raise batch_size, or set listwise_weight to 0")],
-    ids=["one row a query", "no relevant row", "longer than a step"],
+    ("sizes", "relevant", "irrelevant", "message"),
+    [((1, 1, 1), 1, 0, NOTHING), ((3, 3), 0, 0, NOTHING), ((3, 3), 1, 1, NOTHING), ((3, 3), 0.4, 0, NOTHING),
+     ((9, 12), 1, 0,
+      "the smallest list has 9 rows, an optimizer step 8. Raise batch_size, or set listwise_weight to 0")],
+    ids=["one row a query", "no relevant row", "all relevant", "none from the middle on", "longer than a step"],
 )  # fmt: skip
 def test_a_weight_that_could_weigh_nothing_is_an_error_and_leaves_nothing(
-    settings, write_jsonl, tmp_path, sizes, label, message
+    settings, write_jsonl, tmp_path, sizes, relevant, irrelevant, message
 ):
     rows = []
     for query, size in enumerate(sizes):
         for place in range(size):
-            row = {"query": f"第{query}问", "content": f"答{place}", "label": label if place == 0 else 0}
-            rows.append(row)
+            label = irrelevant if place else relevant
+            rows.append({"query": f"第{query}问", "content": f"答{place}", "label": label})
     settings |= {"train_dataset": write_jsonl("train.jsonl", rows), "max_label": 1}
     with pytest.raises(UserError, match=f"listwise_weight has nothing to weigh: {message}"):
         train_bert_rerank.train(settings)
-    assert not (tmp_path / "out" / "unfinished_run").exists()
+    assert not (tmp_path / "out" / "unfinished_run").exists() and not (tmp_path / "out" / "cache").exists()
 
 
 def test_what_a_constant_answer_costs_has_its_lists_loss(settings, monkeypatch):

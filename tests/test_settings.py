@@ -31,6 +31,7 @@ DEFAULTS = {  # the table of the contract
     "long_documents": None,
     "epochs": 3,
     "lr": 1e-5,
+    "listwise_weight": 0.0,
     "batch_size": 2,
     "gradient_accumulation_steps": 8,
     "micro_batch_tokens": "auto",  # this and the next two came with memory
@@ -147,6 +148,7 @@ OVERRIDES = [
     ("lr", "3E-4", 3e-4),
     ("lr", "0.001", 0.001),
     ("lr", "0", 0),
+    ("listwise_weight", "0.3", 0.3),
     ("batch_size", "16", 16),
     ("gradient_accumulation_steps", "1", 1),
     ("micro_batch_tokens", "auto", "auto"),
