@@ -3845,7 +3845,7 @@ def lists_for_loss(rows, args, samples_per_step):
     warning = "Warning: " if whole < len(sizes) / 2 else ""
     say(
         f"{warning}{len(sizes)} of {len(lists.sizes)} train queries have rows with different labels, "
-        f"one of them relevant. The listwise loss takes those that are whole in a step of "
+        "one of them relevant. The listwise loss takes those that are whole in a step of "
         f"{samples_per_step} rows, in the first epoch {whole}."
     )
     if warning:

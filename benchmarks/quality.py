@@ -678,10 +678,11 @@ def compare_on(collection, bench, options):
     if as_it_comes:
         chosen["ours, as it comes"] = replace(chosen["ours"], contender="ours, as it comes")
 
-    results = bench.test([replace(run, seed=seed) for run in chosen.values() for seed in SEEDS])
+    seeds = options.seeds
+    results = bench.test([replace(run, seed=seed) for run in chosen.values() for seed in seeds])
     ndcg = {}
     for family, run in chosen.items():
-        of_seeds = [results[replace(run, seed=seed)]["model"] for seed in SEEDS]
+        of_seeds = [results[replace(run, seed=seed)]["model"] for seed in seeds]
         ndcg[family] = np.stack(of_seeds)  # [seeds, queries]
     base = ndcg_of_base(collection, options)
     print(f"\n{collection}\n\n| {collection.name} | lr | seeds | mean NDCG@10 | less ours |")
@@ -747,6 +748,7 @@ def main():
     parser.add_argument("--runs", required=True, type=Path, help="folder in which runs are kept")
     parser.add_argument("--collections", nargs="+", help="of " + ", ".join(COLLECTIONS))
     parser.add_argument("--contenders", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="of compare and order")
     parser.add_argument("--first", action="store_true", help="ours and a peer on XQuAD-zh alone")
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no")
     options = parser.parse_args()

@@ -435,6 +435,6 @@ def test_a_run_that_learns_nothing_says_so_of_both_losses(settings, write_jsonl,
     rows = list_rows()
     for row in rows:
         row.update({"content": "好" * 9, "label": 4} if row["label"] > 2 else {"label": 0})
-    changes = {"train_dataset": write_jsonl("train.jsonl", rows), "lr": lr, "epochs": 24}
+    changes = {"train_dataset": write_jsonl("train.jsonl", rows), "lr": lr, "epochs": 18}
     train_bert_rerank.train({**settings, **changes})
     assert ("is not clearly below that of a constant answer" in capsys.readouterr().out) == is_said
