@@ -4058,7 +4058,8 @@ def score_together(run, encoded, max_tokens, show_progress_bar=False):
     """Logits [N] in fp32 of N encoded pairs, the same in all processes; None where one of them has
     a stop request.
 
-    The processes share out micro-batches, whole, so that their number changes no score."""
+    The processes share out micro-batches, whole, so that their number changes no score but for
+    rounding."""
     accelerator = run.accelerator
     batch_cost = run.record["micro_batch_cost"]
     micro_batches = run.model.scoring_batches(encoded, max_tokens, batch_cost)
