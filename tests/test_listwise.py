@@ -273,10 +273,14 @@ def one_process(without_dropout, tmp_path_factory):  # noqa: F811
     return settings, folder / "out"
 
 
-@pytest.mark.parametrize("failing", [pytest.param((), id="all fits"), pytest.param((2,), id="out of memory")])
+@pytest.mark.parametrize(
+    "failing",
+    [pytest.param((), id="all fits"), pytest.param((2,), id="out of memory in the first pass"),
+     pytest.param((3,), marks=pytest.mark.slow), pytest.param((4,), marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_two_processes_take_the_same_steps_as_one(one_process, tmp_path, failing):
-    """A list's rows stand in micro-batches of both; where the second runs out of memory in its first pass, while the
-    first would wait for its logits, both do the window again."""
+    """A list's rows stand in micro-batches of both; where the second runs out of memory in its first or second pass,
+    while the first would wait for it, both do the window again."""
     settings, one = one_process
     changes = {"gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "out")}
     done = run_two_processes(tmp_path, {**settings, **changes}, "forward" if failing else None, failing)
