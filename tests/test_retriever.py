@@ -10,7 +10,7 @@ import ir_measures
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, command_line
+from conftest import ROOT, TINY, assert_equal_but_for_rounding, command_line
 from ir_measures import AP, RR, R, nDCG
 from matplotlib.figure import Figure
 from test_recovery import train_until
@@ -805,4 +805,4 @@ def test_epochs_0_in_two_processes_has_the_report_of_one(mixed_run, data, run_sc
         assert result.returncode == 0, result.stdout
         path = tmp_path / f"out{processes}" / "evaluation" / "eval_report.json"
         reports.append(json.loads(path.read_text(encoding="utf-8")))
-    assert reports[0] == reports[1]
+    assert_equal_but_for_rounding(*reports)
