@@ -3636,6 +3636,40 @@ def script_sha256():
     return hashlib.sha256("".join(code).encode()).hexdigest()
 
 
+def lists_for_loss(rows, args, samples_per_step):
+    """The TrainLists of the train rows, whose number is said; None where the loss takes none.
+    UserError where there is none to take."""
+    if not args["listwise_weight"] or not args["epochs"]:
+        return None
+    lists = TrainLists(rows, (args["min_label"] + args["max_label"]) / 2)
+    sizes = lists.sizes[lists.teaches]
+    if not len(sizes):
+        raise UserError(
+            "listwise_weight has nothing to weigh: no query of the train data has rows with "
+            "different labels, one of them relevant. Set it to 0.",
+            2,
+        )
+    if sizes.min() > samples_per_step:
+        raise UserError(
+            f"listwise_weight has nothing to weigh: the smallest list has {sizes.min()} rows, an "
+            f"optimizer step {samples_per_step}. Raise batch_size, or set listwise_weight to 0.",
+            2,
+        )
+    whole = lists.count_whole(samples_per_step, args["seed"])
+    warning = "Warning: " if whole < len(sizes) / 2 else ""
+    say(
+        f"{warning}{len(sizes)} of {len(lists.sizes)} train queries have rows with different labels, "
+        "one of them relevant. The listwise loss takes those that are whole in a step of "
+        f"{samples_per_step} rows, in the first epoch {whole}."
+    )
+    if warning:
+        say(
+            f"The longest list has {sizes.max()} rows: a batch_size that makes a step several times "
+            "as long takes in most."
+        )
+    return lists
+
+
 def language_of(texts):
     """"ja", "ko" or "zh" by the script of `texts`, "en" by its commonest words; None where it is
     none of them."""
@@ -3820,40 +3854,6 @@ def make_optimizer(model, args):
         {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=args["lr"], betas=(0.9, 0.999), eps=1e-8, fused=True)
-
-
-def lists_for_loss(rows, args, samples_per_step):
-    """The TrainLists of the train rows, whose number is said; None where the loss takes none.
-    UserError where there is none to take."""
-    if not args["listwise_weight"] or not args["epochs"]:
-        return None
-    lists = TrainLists(rows, (args["min_label"] + args["max_label"]) / 2)
-    sizes = lists.sizes[lists.teaches]
-    if not len(sizes):
-        raise UserError(
-            "listwise_weight has nothing to weigh: no query of the train data has rows with "
-            "different labels, one of them relevant. Set it to 0.",
-            2,
-        )
-    if sizes.min() > samples_per_step:
-        raise UserError(
-            f"listwise_weight has nothing to weigh: the smallest list has {sizes.min()} rows, an "
-            f"optimizer step {samples_per_step}. Raise batch_size, or set listwise_weight to 0.",
-            2,
-        )
-    whole = lists.count_whole(samples_per_step, args["seed"])
-    warning = "Warning: " if whole < len(sizes) / 2 else ""
-    say(
-        f"{warning}{len(sizes)} of {len(lists.sizes)} train queries have rows with different labels, "
-        "one of them relevant. The listwise loss takes those that are whole in a step of "
-        f"{samples_per_step} rows, in the first epoch {whole}."
-    )
-    if warning:
-        say(
-            f"The longest list has {sizes.max()} rows: a batch_size that makes a step several times "
-            "as long takes in most."
-        )
-    return lists
 
 
 def first_progress(train_data):
